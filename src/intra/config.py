@@ -1,0 +1,307 @@
+"""Settings: frozen dataclasses, their checks, and the presets.
+
+Every value that the paper states, or that follows from it, stands in the preset `paper`; docs/method.md says how sure
+each is. Below `models.build` nobody sees a whole config: settings go into functions as arguments.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from intra.errors import InTraError
+
+__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "nearest", "preset"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The inpainting transformer. The defaults are the paper's."""
+
+    channels: int = 3
+    patch_size: int = 16  # K, px
+    grid: tuple[int, int] = (16, 16)  # patches: rows, cols of the whole image
+    window_size: int | None = 7  # L, patches a side; None: the window is the whole grid
+    embed_dim: int = 512
+    depth: int = 13
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    attention: Literal["mfsa", "msa"] = "mfsa"
+    value_mlp: bool = False  # MFSA: an MLP for v as well; one summary of the paper names it
+    long_residuals: bool = True
+    readout: Literal["mean", "token"] = "mean"
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Rows and cols of a window, in patches."""
+        return self.grid if self.window_size is None else (self.window_size, self.window_size)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image that the grid covers, in px."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        found = _below(self, 1, "channels", "patch_size", "embed_dim", "depth", "num_heads")
+        if self.mlp_ratio <= 0:
+            found.append(f"model.mlp_ratio is {self.mlp_ratio}; it must be above 0")
+        # MFSA's query and key heads are embed_dim / 16 wide for 8 heads: half of a value head (method.md)
+        unit = 2 * self.num_heads if self.attention == "mfsa" else self.num_heads
+        if self.num_heads >= 1 and self.embed_dim % unit:
+            found.append(f"model.embed_dim is {self.embed_dim}; with {self.num_heads} heads of {self.attention} it must "
+                         f"be a multiple of {unit}")
+        if min(self.grid) < 1:
+            found.append(f"model.grid is {self.grid}; it needs at least one row and one column")
+        if self.window_size is not None and not 1 <= self.window_size <= min(self.grid):
+            found.append(
+                f"model.window_size is {self.window_size} patches, but the grid has {self.grid[0]}x{self.grid[1]}; "
+                f"choose a window of 1 to {min(self.grid)}, or a larger --image-size"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How files become tensors."""
+
+    image_size: Literal["auto"] | tuple[int, int] = "auto"  # px: height, width
+    channels: Literal["auto"] | int = "auto"
+    validation_fraction: float = 0.1
+    max_validation_images: int = 20  # one summary of the paper says 200
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        found = _below(self, 1, "max_validation_images")
+        if not 0 < self.validation_fraction < 1:
+            found.append(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
+        if self.channels != "auto" and self.channels < 1:
+            found.append(f"data.channels is {self.channels}; it must be auto or at least 1")
+        if self.image_size != "auto" and min(self.image_size) < 1:
+            found.append(f"data.image_size is {self.image_size}; both sides must be at least 1 px")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How good images become a model. The defaults are the paper's."""
+
+    windows_per_image: int = 600  # windows of each training image in an epoch
+    batch_size: int = 256  # windows a step
+    hidden_fraction: float | None = None  # share of a window's patches that are hidden; None: exactly one patch
+    optimizer: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_fraction: float = 0.0  # of the budget
+    gms_weight: float = 0.01
+    ssim_weight: float = 0.01
+    flips: Literal["auto", "on", "off"] = "on"
+    turns: Literal["auto", "on", "off"] = "on"  # quarter turns
+    max_epochs: int | None = 200  # the budget if none is given
+    max_steps: int | None = None
+    patience: int | None = 50  # epochs without a better validation loss
+    gradient_clip: float | None = None  # largest norm
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the machine computes it natively
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        found = _below(self, 1, "windows_per_image", "batch_size", "max_epochs", "max_steps", "patience")
+        if self.hidden_fraction is not None and not 0 < self.hidden_fraction < 1:
+            found.append(f"train.hidden_fraction is {self.hidden_fraction}; it must lie between 0 and 1, or be none")
+        if not 0 < self.learning_rate < 1:
+            found.append(f"train.learning_rate is {self.learning_rate}; it must lie between 0 and 1")
+        if not 0 <= self.warmup_fraction < 1:
+            found.append(f"train.warmup_fraction is {self.warmup_fraction}; it must lie between 0 and 1")
+        for name in ("weight_decay", "gms_weight", "ssim_weight"):
+            if getattr(self, name) < 0:
+                found.append(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            found.append(f"train.gradient_clip is {self.gradient_clip}; it must be above 0, or none")
+        return found
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How an image and its repaired image become an anomaly map. The defaults are the paper's."""
+
+    lattice: int = 3  # d: every d-th patch of every d-th row is hidden at once (only where the window is the whole grid)
+    scales: tuple[int, ...] = (2, 4)  # the images are reduced by these factors before their gradients are compared
+    blur_size: int = 21  # px of the box filter over the map, odd; 1: none
+    deviation: Literal["squared", "clipped", "signed", "none"] = "squared"  # of the map from good images' mean map
+    reference: Literal["training", "validation"] = "training"  # the good images whose maps are averaged
+    spread: bool = False  # divide by the good images' standard deviation at each place
+    false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, one sentence each."""
+        found = _below(self, 1, "lattice", "blur_size")
+        if self.blur_size % 2 == 0:
+            found.append(f"scoring.blur_size is {self.blur_size}; a box filter needs an odd side")
+        if not self.scales or min(self.scales) < 1:
+            found.append(f"scoring.scales is {self.scales}; it needs at least one factor, each at least 1")
+        if not 0 < self.false_reject_rate < 1:
+            found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
+        if self.spread and self.deviation == "none":
+            found.append("scoring.spread needs scoring.deviation squared, clipped or signed")
+        return found
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    preset: str = "paper"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+
+    def __post_init__(self) -> None:
+        found = [*self.model.problems(), *self.data.problems(), *self.train.problems(), *self.scoring.problems()]
+        if self.model.readout == "mean" and self.train.hidden_fraction is not None:
+            found.append("model.readout mean inpaints one patch a window; set train.hidden_fraction=none or "
+                         "model.readout=token")
+        if self.model.readout == "mean" and self.model.window_size is None:
+            found.append("model.readout mean needs a window; set model.window_size, or model.readout=token")
+        if found:
+            raise InTraError("; ".join(found))
+
+    def with_settings(self, settings: Mapping[str, str]) -> "Config":
+        """These settings with some replaced by text, `{"train.batch_size": "16"}`.
+
+        Raises InTraError that names every wrong key (with its nearest match) and every wrong value at once.
+        """
+        known = {f"{part.name}.{f.name}": (part.name, f.name) for part in fields(self) if part.name != "preset"
+                 for f in fields(getattr(self, part.name))}
+        changed: dict[str, dict[str, Any]] = {}
+        found: list[str] = []
+        for key, text in settings.items():
+            if key not in known:
+                found.append(f"unknown setting {key!r}{nearest(key, known)}")
+                continue
+            part, name = known[key]
+            try:
+                hint = typing.get_type_hints(type(getattr(self, part)))[name]
+                changed.setdefault(part, {})[name] = _parse(text, hint)
+            except ValueError:
+                found.append(f"{key}={text!r} is not {_words(hint)}")
+        if found:
+            raise InTraError("; ".join(found))
+        parts = {part: dataclasses.replace(getattr(self, part), **values) for part, values in changed.items()}
+        return dataclasses.replace(self, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_dict`, also after a trip through JSON. Raises InTraError on unknown names."""
+        parts: dict[str, Any] = {"preset": values.get("preset", "")}
+        kinds: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig,
+                                 "scoring": ScoringConfig}
+        for name, part in kinds.items():
+            given = values.get(name, {})
+            unknown = set(given) - {f.name for f in fields(part)}
+            if unknown:
+                raise InTraError(f"unknown settings in {name}: {', '.join(sorted(unknown))}")
+            parts[name] = part(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        return cls(**parts)
+
+
+def preset(name: str) -> Config:
+    """The settings of a preset by its name. Raises InTraError with the nearest match on an unknown one."""
+    if name not in PRESETS:
+        raise InTraError(f"unknown preset {name!r}{nearest(name, PRESETS)}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'fast'?"`, or nothing where no known word is near.
+
+    >>> nearest("fsat", ["fast", "paper"])
+    "; did you mean 'fast'?"
+    """
+    known = list(known)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not match:  # a bare last part: `batch_size` for `train.batch_size`
+        match = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _below(settings: Any, least: int, *names: str) -> list[str]:
+    """A sentence for each named setting that is smaller than `least`; None is not checked."""
+    part = type(settings).__name__.removesuffix("Config").lower()
+    return [f"{part}.{name} is {getattr(settings, name)}; it must be at least {least}" for name in names
+            if getattr(settings, name) is not None and getattr(settings, name) < least]
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """The value that a text means for a type such as `int | None` or `tuple[int, ...]`. Raises ValueError."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        try:
+            return _parse_one(text.strip(), option)
+        except ValueError:
+            continue
+    raise ValueError(text)
+
+
+def _parse_one(text: str, option: Any) -> Any:
+    origin, args = typing.get_origin(option), typing.get_args(option)
+    if option is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+    elif origin is Literal:
+        if text in args:
+            return text
+    elif option is bool:
+        if text.lower() in ("true", "on", "yes", "1", "false", "off", "no", "0"):
+            return text.lower() in ("true", "on", "yes", "1")
+    elif origin is tuple:
+        numbers = tuple(int(part) for part in text.strip("()[]").replace("x", ",").split(",") if part.strip())
+        if Ellipsis in args or len(numbers) == len(args):
+            return numbers
+    elif option in (int, float, str):
+        return option(text)
+    raise ValueError(text)
+
+
+def _words(hint: Any) -> str:
+    """A type in the words of the command line."""
+    options: Sequence[Any] = (
+        typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    )
+    words: list[str] = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            words.extend(str(arg) for arg in typing.get_args(option))
+        elif typing.get_origin(option) is tuple:
+            words.append("whole numbers such as 2,4,8" if Ellipsis in typing.get_args(option) else "HxW")
+        else:
+            words.append({int: "a whole number", float: "a number", bool: "on or off", type(None): "none"}.get(
+                option, "text"))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+# The lattice variant: the whole grid is one window, a quarter of its patches is hidden at once and each is read out
+# from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md
+_FAST = Config(
+    preset="fast",
+    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token"),
+    # more held-out images than the paper's: they also carry the threshold
+    data=DataConfig(validation_fraction=0.15, max_validation_images=40),
+    train=TrainConfig(
+        windows_per_image=8, batch_size=8, hidden_fraction=0.25, optimizer="adamw", learning_rate=1e-3,
+        weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
+        max_steps=4200, patience=None, gradient_clip=1.0,
+    ),
+    scoring=ScoringConfig(scales=(2, 4, 8), deviation="squared", reference="validation", precision="auto"),
+)
+
+PRESETS: dict[str, Config] = {"paper": Config(), "fast": _FAST}

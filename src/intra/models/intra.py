@@ -1,0 +1,137 @@
+"""InTra, the inpainting transformer: patches in, inpainted patches out.
+
+Pirnay & Chai, "Inpainting Transformer for Anomaly Detection", arXiv 2104.13897. A window of patches goes in; those that
+are hidden are replaced by one learned vector and inpainted from the others. The defaults are the paper's network; the
+*token* read-out and windows of any shape give the lattice variant (docs/decisions/0001-lattice.md).
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+__all__ = ["InTra"]
+
+POSITION_STD = 0.02  # of the position embeddings and the hidden vector at the start, as in ViT
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. In *feature* attention (MFSA, section 3.2) queries and keys are made by an MLP
+    D → 2D → D/2 instead of a linear map D → D, so their heads are half as wide as those of the values.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, feature: bool, value_mlp: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key = (
+            _mlp(embed_dim, 2 * embed_dim, embed_dim // 2) if feature else nn.Linear(embed_dim, embed_dim)
+            for _ in range(2)
+        )
+        self.value = _mlp(embed_dim, 2 * embed_dim, embed_dim) if value_mlp else nn.Linear(embed_dim, embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The tokens, each a mixture of all."""
+        query, key, value = (  # (B, heads, T, width)
+            part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        # Written out: the heads of MFSA differ in width, which the fused kernels refuse, and for so few tokens this is
+        # several times faster on a CPU, forwards and backwards, than scaled_dot_product_attention : docs/decisions/0002
+        weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1), dim=-1)  # (B, heads, T, T)
+        mixed = weights @ value
+        return self.proj(mixed.transpose(1, 2).flatten(-2))  # (B, T, D)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network; each normalised before and added to its input."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, *, feature: bool, value_mlp: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.attn = Attention(embed_dim, num_heads, feature=feature, value_mlp=value_mlp)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = _mlp(embed_dim, int(embed_dim * mlp_ratio), embed_dim)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The tokens after this block."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class InTra(nn.Module):
+    """The inpainting transformer.
+
+    Args:
+        num_positions: patches of the whole grid; each has its own learned position embedding.
+        patch_dim: values of a patch, channels · patch_size².
+        readout: "mean" maps the mean of all output tokens to the one hidden patch (the paper); "token" maps each
+            hidden patch's own token, so that many may be hidden at once.
+    """
+
+    def __init__(
+        self, *, num_positions: int = 256, patch_dim: int = 768, embed_dim: int = 512, depth: int = 13,
+        num_heads: int = 8, mlp_ratio: float = 4.0, attention: Literal["mfsa", "msa"] = "mfsa",
+        value_mlp: bool = False, long_residuals: bool = True, readout: Literal["mean", "token"] = "mean",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.readout = readout
+        self.skips = long_residual_pairs(depth) if long_residuals else {}
+        self.patch_embed = nn.Linear(patch_dim, embed_dim)
+        self.pos_embed = nn.Parameter(torch.randn(num_positions, embed_dim) * POSITION_STD)
+        self.hidden_token = nn.Parameter(torch.randn(embed_dim) * POSITION_STD)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, feature=attention == "mfsa", value_mlp=value_mlp)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, patch_dim)
+
+    def forward(
+        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "h p"]:
+        """The inpainted patches, in the order of `patches[hidden]`, which is their target.
+
+        Args:
+            patches: pixels in [0, 1]; those of hidden patches have no influence.
+            positions: each patch's place in the whole grid (`geometry.window_positions`).
+            hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
+        """
+        return self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden)
+
+    def embed(
+        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
+    ) -> Float[Tensor, "b t d"]:
+        """Tokens: patch or hidden vector, plus position (equations 1 and 2)."""
+        embedded = self.patch_embed(patches)  # (B, T, D)
+        embedded = torch.where(hidden[..., None], self.hidden_token.to(embedded.dtype), embedded)
+        return embedded + self.pos_embed[positions]
+
+    def encode(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """The tokens after all blocks; block depth + 1 − i also receives the output of block i."""
+        outputs: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index in self.skips:
+                tokens = tokens + outputs[self.skips[index]]
+            tokens = block(tokens)
+            outputs.append(tokens)
+        return self.norm(tokens)
+
+    def read_out(self, tokens: Float[Tensor, "b t d"], hidden: Bool[Tensor, "b t"]) -> Float[Tensor, "h p"]:
+        """The inpainted patches from the output tokens; no activation, so pixels may leave [0, 1]."""
+        return self.head(tokens.mean(1) if self.readout == "mean" else tokens[hidden])
+
+
+def long_residual_pairs(depth: int) -> dict[int, int]:
+    """Which block (0-based) also receives the output of which earlier block, as in a U-Net: i → depth + 1 − i from 1.
+
+    The two middle blocks of an even depth are not joined: the one's output is the other's input already.
+
+    >>> long_residual_pairs(7)
+    {6: 0, 5: 1, 4: 2}
+    """
+    return {depth - 1 - first: first for first in range(depth // 2) if depth - 1 - first > first + 1}
+
+
+def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs))

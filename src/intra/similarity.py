@@ -1,0 +1,88 @@
+"""How alike two images are at each pixel: one implementation for the loss and for the anomaly map.
+
+SSIM: Wang et al., "Image quality assessment", 2004. GMS: Xue et al., "Gradient magnitude similarity deviation", 2013.
+Both maps lie at 1 where the images agree, and keep the size, the channels and the dtype of their input.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["box_blur", "gms_map", "multiscale_gms_difference", "ssim_map"]
+
+SSIM_WINDOW = 11  # px; with SSIM_SIGMA as in Wang et al. 2004
+SSIM_SIGMA = 1.5
+C1_SSIM = 0.01**2  # for pixels in [0, 1]
+C2_SSIM = 0.03**2
+C_GMS = 0.0026  # 170 / 255**2, Xue et al. 2013
+ROOT_EPSILON = 1e-12  # keeps the gradient of the root finite on flat patches; far below C_GMS
+
+
+def ssim_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Structural similarity in [-1, 1] at each pixel, for pixels in [0, 1]. Beyond the border the edge is repeated."""
+    kernel = _gaussian(SSIM_WINDOW, SSIM_SIGMA)
+    stack = torch.cat([x, y, x * x, y * y, x * y])  # one pass of the filter for all five
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _separable(stack, kernel, kernel).chunk(5)
+    covariance = mean_xy - mean_x * mean_y
+    variances = (mean_xx - mean_x**2) + (mean_yy - mean_y**2)
+    luminance = (2 * mean_x * mean_y + C1_SSIM) / (mean_x**2 + mean_y**2 + C1_SSIM)
+    return luminance * (2 * covariance + C2_SSIM) / (variances + C2_SSIM)
+
+
+def gms_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Gradient magnitude similarity in [0, 1] at each pixel, for pixels in [0, 1]: Prewitt / 3, c = 0.0026."""
+    magnitude_x, magnitude_y = _gradient_magnitude(torch.cat([x, y])).chunk(2)
+    return (2 * magnitude_x * magnitude_y + C_GMS) / (magnitude_x**2 + magnitude_y**2 + C_GMS)
+
+
+def multiscale_gms_difference(
+    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], scales: tuple[int, ...]
+) -> Float[Tensor, "b h w"]:
+    """1 − GMS in [0, 1] at the full size, averaged over the channels and over the images reduced by each scale."""
+    size = x.shape[-2:]
+    total = x.new_zeros(x.shape[0], 1, *size)
+    for scale in scales:
+        small_x, small_y = (F.avg_pool2d(image, scale, ceil_mode=True, count_include_pad=False) for image in (x, y))
+        difference = 1 - gms_map(small_x, small_y).mean(1, keepdim=True)
+        total = total + F.interpolate(difference, size=size, mode="bilinear", align_corners=False)
+    return (total / len(scales)).squeeze(1)
+
+
+def box_blur(maps: Float[Tensor, "b h w"], size_px: int) -> Float[Tensor, "b h w"]:
+    """The mean of the `size_px` square around each pixel (odd); the part beyond the border does not count."""
+    reach = size_px // 2
+    rows = F.avg_pool2d(maps, (size_px, 1), stride=1, padding=(reach, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, size_px), stride=1, padding=(0, reach), count_include_pad=False)
+
+
+def _gradient_magnitude(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    smooth, slope = torch.tensor([1.0, 1.0, 1.0]) / 3, torch.tensor([1.0, 0.0, -1.0])
+    vertical = _separable(images, slope, smooth)
+    horizontal = _separable(images, smooth, slope)
+    return (vertical**2 + horizontal**2 + ROOT_EPSILON).sqrt()
+
+
+def _separable(
+    images: Float[Tensor, "b c h w"], rows: Float[Tensor, " k"], cols: Float[Tensor, " l"]
+) -> Float[Tensor, "b c h w"]:
+    """Each channel filtered along its rows and cols with odd kernels, the edge repeated beyond the border.
+
+    A filter is a matrix here: for thousands of small patches two matrix products are some 50 times faster than a
+    convolution on a CPU.
+    """
+    h, w = images.shape[-2:]
+    with torch.autocast(images.device.type, enabled=False):  # SSIM's variances are differences: bf16 would leave noise
+        return _filter_matrix(rows, h).to(images) @ images @ _filter_matrix(cols, w).to(images).T
+
+
+def _filter_matrix(kernel: Float[Tensor, " k"], size: int) -> Float[Tensor, "size size"]:
+    reach = len(kernel) // 2
+    source = (torch.arange(size)[:, None] + torch.arange(-reach, reach + 1)).clamp(0, size - 1)  # (size, k)
+    return torch.zeros(size, size, dtype=kernel.dtype).scatter_add_(1, source, kernel.expand(size, -1))
+
+
+def _gaussian(size: int, sigma: float) -> Float[Tensor, " k"]:
+    offset = torch.arange(size, dtype=torch.float64) - size // 2
+    weight = torch.exp(-(offset**2) / (2 * sigma**2))
+    return weight / weight.sum()

@@ -1,0 +1,164 @@
+"""The network: the paper's size, what each output may depend on, the long residuals, and that it can learn."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from intra.config import ModelConfig, preset
+from intra.geometry import random_windows, window_positions
+from intra.models import InTra, build
+from intra.models.intra import Attention, long_residual_pairs
+
+SMALL = ModelConfig(channels=2, patch_size=4, grid=(6, 5), window_size=3, embed_dim=32, depth=3, num_heads=4)
+SMALL_LATTICE = dataclasses.replace(SMALL, window_size=None, readout="token")
+VARIANTS = {
+    "paper": SMALL,
+    "lattice": SMALL_LATTICE,
+    "msa": dataclasses.replace(SMALL, attention="msa"),
+    "value_mlp": dataclasses.replace(SMALL, value_mlp=True),
+    "no_long_residuals": dataclasses.replace(SMALL, long_residuals=False),
+    "one_channel_deep": dataclasses.replace(SMALL, channels=1, depth=6, window_size=4),
+    "window_with_token_readout": dataclasses.replace(SMALL, readout="token"),
+}
+
+
+def make(config: ModelConfig, seed: int = 0) -> InTra:
+    torch.manual_seed(seed)
+    model = build(config)
+    assert isinstance(model, InTra)
+    return model
+
+
+def windows(config: ModelConfig, count: int = 4, num_hidden: int = 1, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    origins, hidden = random_windows(count, grid=config.grid, window_shape=config.window_shape, num_hidden=num_hidden,
+                                     generator=generator)
+    patches = torch.rand(*hidden.shape, config.channels * config.patch_size**2, generator=generator)
+    return patches, window_positions(origins, config.grid, config.window_shape), hidden
+
+
+def num_parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build(config).parameters())
+
+
+def test_the_papers_size():
+    paper = preset("paper").model
+    assert num_parameters(paper) == pytest.approx(55.5e6, rel=2e-3)
+    assert num_parameters(dataclasses.replace(paper, attention="msa")) == pytest.approx(41.9e6, rel=2e-3)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_gets_a_finite_gradient(config):
+    model = make(config)
+    patches, positions, hidden = windows(config, count=40)
+    model(patches, positions, hidden).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        if not name.endswith("key.2.bias") and not name.endswith("key.bias"):  # softmax does not see a shift of all keys
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("num_hidden", [1, 7])
+def test_hidden_pixels_have_no_influence(num_hidden):
+    config = SMALL if num_hidden == 1 else SMALL_LATTICE
+    model = make(config)
+    patches, positions, hidden = windows(config, num_hidden=num_hidden)
+    patches.requires_grad_()
+    model(patches, positions, hidden).square().sum().backward()
+    assert patches.grad is not None
+    assert patches.grad[hidden].eq(0).all()
+    assert patches.grad[~hidden].abs().amax(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_LATTICE], ids=["mean", "token"])
+def test_output_stands_in_the_order_of_the_hidden_patches(config):
+    model = make(config)
+    patches, positions, hidden = windows(config, count=5, num_hidden=1)
+    together = model(patches, positions, hidden)
+    assert together.shape == patches[hidden].shape
+    for index in range(5):
+        one = slice(index, index + 1)
+        torch.testing.assert_close(model(patches[one], positions[one], hidden[one]), together[one])
+
+
+def test_rows_may_hide_different_numbers_of_patches():
+    model = make(SMALL_LATTICE)
+    patches, positions, _ = windows(SMALL_LATTICE, count=2)
+    hidden = torch.zeros(2, 30, dtype=torch.bool)
+    hidden[0, [1, 4, 9]] = True
+    hidden[1, 20] = True
+    together = model(patches, positions, hidden)
+    torch.testing.assert_close(together[:3], model(patches[:1], positions[:1], hidden[:1]))
+    torch.testing.assert_close(together[3:], model(patches[1:], positions[1:], hidden[1:]))
+
+
+def test_order_of_tokens_does_not_matter_but_positions_do():
+    model = make(SMALL)
+    patches, positions, hidden = windows(SMALL)
+    order = torch.randperm(9)
+    expected = model(patches, positions, hidden)
+    torch.testing.assert_close(model(patches[:, order], positions[:, order], hidden[:, order]), expected)
+    assert not torch.allclose(model(patches, positions.flip(1), hidden), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("depth", "pairs"), [(13, {i: 14 - i for i in range(1, 7)}), (6, {1: 6, 2: 5}), (2, {}), (1, {})])
+def test_long_residual_pairs(depth, pairs):
+    """1-based as in the paper: the output of block i joins the input of block 14 - i, and no tensor joins itself."""
+    assert {first + 1: second + 1 for second, first in long_residual_pairs(depth).items()} == pairs
+
+
+def test_each_block_reads_the_skip_that_it_should():
+    depth = 5
+    model = make(dataclasses.replace(SMALL, depth=depth))
+    inputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+    for index, block in enumerate(model.blocks, start=1):
+
+        def remember(_, given, output, index=index):
+            inputs[index], outputs[index] = given[0], output
+
+        block.register_forward_hook(remember)
+    model(*windows(SMALL))
+    torch.testing.assert_close(inputs[2], outputs[1])
+    torch.testing.assert_close(inputs[3], outputs[2])
+    torch.testing.assert_close(inputs[4], outputs[3] + outputs[2])
+    torch.testing.assert_close(inputs[5], outputs[4] + outputs[1])
+
+
+@pytest.mark.parametrize("feature", [True, False])
+def test_attention_equals_its_formula_with_and_without_gradients(feature):
+    torch.manual_seed(0)
+    attention = Attention(32, 4, feature=feature, value_mlp=False).double()
+    x = torch.rand(2, 9, 32, dtype=torch.float64)
+    heads = [part(x).chunk(4, dim=-1) for part in (attention.query, attention.key, attention.value)]
+    mixed = [torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v for q, k, v in zip(*heads, strict=True)]
+    expected = attention.proj(torch.cat(mixed, -1))
+    torch.testing.assert_close(attention(x), expected)
+    with torch.no_grad():  # the padded form
+        torch.testing.assert_close(attention(x), expected)
+
+
+def test_feature_attention_has_the_papers_widths():
+    attention = Attention(512, 8, feature=True, value_mlp=False)
+    assert [layer.out_features for layer in attention.query if isinstance(layer, torch.nn.Linear)] == [1024, 256]
+    assert attention.value.out_features == 512
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_LATTICE], ids=["mean", "token"])
+def test_one_batch_is_overfitted(config):
+    model = make(config)
+    batch = windows(config, count=3, num_hidden=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    target = batch[0][batch[2]]
+    first = None
+    for _ in range(150):
+        loss = F.mse_loss(model(*batch), target)
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1e-3 < first

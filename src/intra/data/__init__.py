@@ -1,0 +1,1 @@
+"""Files → tensors in [0, 1]."""

@@ -1,0 +1,203 @@
+"""Pillow, tamed: any bytes → pixels or one kind of error. Nothing else in data/ opens an image file.
+
+What a file's mode becomes (alpha is dropped, palettes and other colour spaces become RGB):
+
+| file                                               | pixels                             |
+|----------------------------------------------------|------------------------------------|
+| black-and-white, 8-bit grey, with or without alpha | 1 channel, uint8                   |
+| 16-bit grey; integer grey in 0..65535              | 1 channel, uint16                  |
+| float grey in [0, 1] (TIFF, PFM)                   | 1 channel, float32                 |
+| RGB, RGBA, palette, CMYK, YCbCr, LAB, HSV          | 3 channels, uint8                  |
+| TIFF of N pages, all grey and of one size          | N channels, in order of the pages  |
+| GIF, APNG and any other film                       | its first picture                  |
+
+Pillow itself reduces 16-bit *colour*, and a PNG's 16-bit grey with alpha (then 3 channels), to 8 bits. To keep 16 bits
+of several channels, write each as a 16-bit grey page of one TIFF, or pass an array.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import TextIO
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import Float, Float32, Shaped
+
+from intra.errors import InTraError
+
+__all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "pixels_of", "reasons", "shape_of"]
+
+# Documents, vector graphics, films and data containers: no photos, and some of them start other programs when opened.
+_NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_SUFFIXES = PIL.Image.registered_extensions()  # also fills PIL.Image.OPEN
+_FORMATS = tuple(sorted(set(PIL.Image.OPEN) - _NO_PHOTOS))
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in (*_FORMATS, "MPO"))  # MPO is a JPEG
+"""Suffixes, in small letters and with their dot, of the files that are taken for images."""
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+_log = logging.getLogger(__name__)
+
+
+class UnreadableError(InTraError):
+    """A file that is missing or damaged, or that holds no image we can use; `reason` says which, without the path."""
+
+    def __init__(self, source: str | Path, reason: str) -> None:
+        super().__init__(f"cannot read {source}: {reason}; replace or remove it")
+        self.reason = reason
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[PIL.Image.Image]:
+    """The opened file; whatever goes wrong until it is closed becomes an UnreadableError."""
+    with reasons(path):
+        if not Path(path).is_file():  # opening anything but a regular file could wait for ever
+            raise InTraError("it is a folder or a device" if Path(path).exists() else "there is no such file")
+        # By its handle, not its path: Pillow maps an uncompressed file that it knows by its path, and then scrambles a
+        # grey TIFF with a turning orientation (Pillow 13.0: it takes the turned size for the stored one).
+        with Path(path).open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
+            yield image
+
+
+@contextmanager
+def reasons(source: str | Path) -> Iterator[None]:
+    """Turns any exception into an UnreadableError; on damaged bytes Pillow raises nearly every type there is."""
+    try:
+        with _pillow_warnings:
+            yield
+    except Exception as error:
+        raise UnreadableError(source, _reason(source, error)) from error
+
+
+def shape_of(image: PIL.Image.Image) -> tuple[int, int, int, int]:
+    """Height and width after EXIF orientation, channels, and bit depth (8, 16 or 32 for float); decodes no pixel.
+
+    An orientation that a PNG states only behind its pixels is not seen.
+    """
+    width, height = image.size
+    # The base class's getexif: PNG's own would decode the pixels. Pillow's size of a TIFF is already the turned one.
+    if image.format != "TIFF" and PIL.Image.Image.getexif(image).get(_ORIENTATION) in _TURNED:
+        width, height = height, width
+    depth = 16 if image.mode.startswith("I") else 32 if image.mode == "F" else 8
+    return height, width, _num_pages(image) if _is_grey(image) else 3, depth
+
+
+def pixels_of(image: PIL.Image.Image) -> Shaped[np.ndarray, "h w c"]:
+    """All channels of an opened image, upright: uint8, uint16, or float32 in [0, 1]. Use inside `reasons`."""
+    num_pages = _num_pages(image)
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit and num_pages * image.width * image.height > 2 * limit:  # Pillow's own limit, over all pages
+        raise PIL.Image.DecompressionBombError(f"{num_pages} pages of {image.height}x{image.width} px")
+    planes = []
+    for page in range(num_pages):
+        if num_pages > 1:
+            image.seek(page)
+        planes.append(_plane(PIL.ImageOps.exif_transpose(image)))
+    return planes[0] if num_pages == 1 else np.concatenate(planes, axis=2)
+
+
+def checked_unit(values: Float[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Float pixels as float32. Raises InTraError if one is not a number in [0, 1]."""
+    low, high = values.min(), values.max()  # NaN if any is NaN
+    if not (low >= 0 and high <= 1):
+        raise InTraError(f"its float pixels go from {low:g} to {high:g}, expected [0, 1]; divide them by the largest "
+                         "possible value")
+    return values.astype(np.float32, copy=False)
+
+
+def _reason(source: str | Path, error: Exception) -> str:
+    """What is wrong, in the user's words."""
+    if isinstance(error, InTraError):
+        reason = str(error)
+    elif isinstance(error, PIL.UnidentifiedImageError):
+        empty = Path(source).stat().st_size == 0
+        reason = "the file is empty (0 bytes)" if empty else "it is no image, or is damaged at its beginning"
+    elif isinstance(error, PIL.Image.DecompressionBombError):
+        reason = f"it has too many pixels ({error})"
+    elif isinstance(error, MemoryError):
+        reason = "it does not fit into memory"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = f"it is damaged or truncated ({str(error) or type(error).__name__})"
+    return reason
+
+
+def _is_grey(image: PIL.Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+
+
+def _num_pages(image: PIL.Image.Image) -> int:
+    """Pages that are the channels of one image: those of a TIFF that are all grey and alike, else 1."""
+    num_pages = getattr(image, "n_frames", 1) if image.format == "TIFF" and _is_grey(image) else 1
+    if num_pages == 1:
+        return 1
+    kinds = set()
+    for page in range(num_pages):
+        image.seek(page)
+        kinds.add((image.size, image.mode))
+    image.seek(0)
+    return num_pages if len(kinds) == 1 else 1
+
+
+def _plane(image: PIL.Image.Image) -> np.ndarray:
+    """One picture as (H, W, 1 or 3), by the table at the head of this module."""
+    if not _is_grey(image):
+        return np.array(image.convert("RGB"))
+    if image.mode.startswith("I"):
+        values = np.array(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise InTraError(f"its integer pixels go from {values.min()} to {values.max()}, expected 0 to 65535")
+        return values.astype(np.uint16)[:, :, None]
+    if image.mode == "F":
+        return checked_unit(np.array(image))[:, :, None]
+    if image.mode == "La":  # alpha multiplied in; Pillow goes to L only by way of LA
+        image = image.convert("LA")
+    return np.array(image.convert("L"))[:, :, None]
+
+
+class _PillowWarnings:
+    """While any thread is inside, Pillow's warnings go to the log; warnings.catch_warnings alone is not thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.showwarning = _log_or_show(warnings.showwarning)
+                warnings.filterwarnings("always", module=r"PIL\.")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+def _log_or_show(show):  # type: ignore[no-untyped-def]  # the signature of warnings.showwarning
+    """A `warnings.showwarning` that logs what comes from Pillow and leaves the rest to `show`."""
+
+    def log_or_show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:
+        if Path(filename).parent.name == "PIL":
+            _log.info("%s", message)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    return log_or_show
+
+
+_pillow_warnings = _PillowWarnings()

@@ -1,0 +1,261 @@
+"""The detector: a trained model with everything that an inspection needs, in one file."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from scipy import ndimage
+from torch import Tensor, nn
+
+from intra.config import Config, ModelConfig, ScoringConfig
+from intra.data.files import write_atomically
+from intra.data.images import prepare, read_image, to_unit
+from intra.errors import InTraError
+from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
+from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
+from intra.inspection.device import autocast, pick_device
+from intra.inspection.inpaint import inpaint
+from intra.models import build
+
+__all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
+
+FORMAT_VERSION = 1  # of model.safetensors; other versions are refused
+MODEL_FILE = "model.safetensors"
+IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
+
+Image = str | Path | PIL.Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One connected region of the mask, in px of the original image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    area_px: int
+    score: float  # the highest value of the anomaly map inside
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The verdict on one image. Map, mask and repaired image have the input's own height and width."""
+
+    score: float  # raw; the higher, the further from good images
+    is_anomalous: bool  # score > threshold
+    threshold: float
+    anomaly_map: np.ndarray  # (H, W) float32, raw
+    mask: np.ndarray  # (H, W) bool
+    repaired: np.ndarray  # (H, W) or (H, W, C), dtype of the input, channels of the model
+    defects: tuple[Defect, ...]  # the highest score first
+
+
+class Detector:
+    """A trained model, ready to inspect. Load one with `Detector.load`; `intra.train` makes one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        reference: Reference,
+        held_out_scores: Sequence[float],
+        provenance: dict[str, Any],
+        threshold: Threshold | None = None,
+        device: str = "auto",
+    ) -> None:
+        self.device = pick_device(device)
+        self.model = model.to(self.device).eval()
+        self.config = config
+        spread = reference.spread
+        self.reference = Reference(reference.mean.to(self.device), None if spread is None else spread.to(self.device))
+        self.held_out_scores = list(held_out_scores)
+        self.provenance = provenance
+        self.calibration = threshold or choose_threshold(self.held_out_scores, config.scoring.false_reject_rate)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, device: str = "auto", threshold: float | None = None,
+        false_reject_rate: float | None = None,
+    ) -> "Detector":  # fmt: skip
+        """The detector in a run's folder or in a model file.
+
+        `threshold`, or the `false_reject_rate` that it is to promise, replaces the stored one. Raises InTraError if the
+        file is missing, damaged, no model of intra, or of another format version.
+        """
+        if threshold is not None and false_reject_rate is not None:
+            raise InTraError("give threshold or false_reject_rate, not both")
+        header, tensors = _read_model(_model_file(Path(path)))
+        try:
+            config = Config.from_dict(header["config"])
+            scores, provenance = header["calibration"]["held_out_scores"], header["provenance"]
+            reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None))
+            with torch.device("meta"):
+                model = build(config.model)
+            model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()}, assign=True)
+            chosen = Threshold(**header["calibration"]["threshold"])
+        except (KeyError, TypeError, RuntimeError, InTraError) as error:
+            raise InTraError(f"{path} does not hold what its header says ({error}); train or copy it again") from error
+        if threshold is not None:
+            chosen = given_threshold(scores, threshold)
+        elif false_reject_rate is not None:
+            chosen = choose_threshold(scores, false_reject_rate)
+        return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance, threshold=chosen,
+                   device=device)
+
+    @property
+    def threshold(self) -> float:
+        """An image is anomalous if its score is above."""
+        return self.calibration.value
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """All that the model file says of itself, fit for JSON."""
+        model = self.config.model
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "preprocessing": {"height": model.image_size[0], "width": model.image_size[1], "channels": model.channels,
+                              "resize": "bilinear, antialiased", "range": [0, 1]},
+            "calibration": {"threshold": asdict(self.calibration), "held_out_scores": self.held_out_scores},
+            "provenance": self.provenance,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model file: whole or not at all."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors["reference.mean"] = self.reference.mean
+        if self.reference.spread is not None:
+            tensors["reference.spread"] = self.reference.spread
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        header = json.dumps(self.info, sort_keys=True)
+        digest = _digest(header, tensors)
+        metadata = {"intra": json.dumps({"header": header, "sha256": digest, "format_version": FORMAT_VERSION})}
+        write_atomically(Path(path), save(tensors, metadata=metadata))
+
+    def predict(self, image: Image) -> Prediction:
+        """The verdict on one image: a path, a PIL image, or an array (H, W[, C]) of uint8, uint16 or float in [0, 1].
+
+        Raises InTraError if it cannot be read or its channels do not fit the model.
+        """
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: Sequence[Image]) -> list[Prediction]:
+        """The verdicts on many images, of any sizes, in their order; the same as one by one."""
+        return list(self.predictions(images))
+
+    def predictions(self, images: Sequence[Image]) -> Iterator[Prediction]:
+        """The verdicts one after the other, computed in batches, so that memory does not grow with their number."""
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            arrays = [read_image(image) for image in images[start : start + IMAGES_PER_BATCH]]
+            yield from self._predict_arrays(arrays)
+
+    def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+        config = self.config.model
+        batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
+                             for array in arrays]).to(self.device)
+        repaired, differences = repair(self.model, batch, model_config=config, scoring=self.config.scoring)
+        maps = anomaly_map(differences, self.reference, deviation=self.config.scoring.deviation)
+        scores = image_score(maps).tolist()
+        return [
+            self._verdict(score, one_map, one_repaired, array)
+            for score, one_map, one_repaired, array in zip(scores, maps.cpu(), repaired.cpu(), arrays, strict=True)
+        ]
+
+    def _verdict(
+        self, score: float, small_map: Float[Tensor, "h w"], small_repaired: Float[Tensor, "c h w"], array: np.ndarray
+    ) -> Prediction:
+        size = array.shape[0], array.shape[1]
+        large_map = _resize(small_map[None], size)[0].numpy()
+        is_anomalous = score > self.threshold
+        # Resizing lowers the peak a little: an anomalous image shows at least that.
+        mask = large_map > min(self.threshold, np.nextafter(large_map.max(), -np.inf)) if is_anomalous else (
+            np.zeros(size, dtype=bool))
+        return Prediction(
+            score=score, is_anomalous=is_anomalous, threshold=self.threshold, anomaly_map=large_map, mask=mask,
+            repaired=_like(_resize(small_repaired, size), array), defects=_defects(mask, large_map),
+        )  # fmt: skip
+
+
+def repair(
+    model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
+    """The repaired images and the difference maps of images in [0, 1]; one way for training and inspection."""
+    with torch.no_grad():
+        with autocast(images.device, scoring.precision):
+            repaired = inpaint(model, images, patch_size=model_config.patch_size,
+                               window_size=model_config.window_size, lattice=scoring.lattice)
+        return repaired, difference_map(images, repaired, scales=scoring.scales, blur_size=scoring.blur_size)
+
+
+def _model_file(path: Path) -> Path:
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InTraError(f"no model at {file}; expected a run's folder or a {MODEL_FILE}; train one with `intra train`")
+    return file
+
+
+def _read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a model file. Nothing is unpickled. Raises InTraError that names what is wrong."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            metadata = (opened.metadata() or {}).get("intra")
+            if metadata is None:
+                raise InTraError(f"{file} is a safetensors file, but no model of intra")
+            envelope = json.loads(metadata)
+            version = envelope["format_version"]
+            if version != FORMAT_VERSION:
+                raise InTraError(f"{file} has format version {version}; this intra reads version {FORMAT_VERSION}; "
+                                 "use the intra that wrote it, or train again")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no mapping
+            header = json.loads(envelope["header"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InTraError):
+            raise
+        raise InTraError(f"{file} is damaged or no model of intra ({error}); train or copy it again") from error
+    if _digest(envelope["header"], tensors) != envelope.get("sha256"):
+        raise InTraError(f"{file} is damaged: its content does not match its checksum; train or copy it again")
+    return header, tensors
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resize(maps: Float[Tensor, "c h w"], size: tuple[int, int]) -> Float[Tensor, "c height width"]:
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _like(image: Float[Tensor, "c h w"], array: np.ndarray) -> np.ndarray:
+    """A picture in [0, 1] as an array of another's dtype; one channel is (H, W)."""
+    pixels = image.clamp(0, 1).permute(1, 2, 0).numpy()
+    if pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if np.issubdtype(array.dtype, np.integer):
+        return np.rint(pixels * np.iinfo(array.dtype).max).astype(array.dtype)
+    return pixels
+
+
+def _defects(mask: np.ndarray, scores: np.ndarray) -> tuple[Defect, ...]:
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    found = []
+    for index, (rows, cols) in enumerate(ndimage.find_objects(labels), start=1):
+        inside = labels[rows, cols] == index
+        found.append(Defect(rows.start, cols.start, rows.stop - rows.start, cols.stop - cols.start,
+                            int(inside.sum()), float(scores[rows, cols][inside].max())))
+    return tuple(sorted(found, key=lambda defect: -defect.score))

@@ -1,0 +1,312 @@
+"""The training loop: plain, seeded, resumable. `fit` turns windows of good images into weights."""
+
+import csv
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from intra.config import ModelConfig, TrainConfig
+from intra.data.files import write_atomically
+from intra.data.images import to_unit
+from intra.errors import InTraError
+from intra.geometry import patchify
+from intra.inspection.inpaint import inpaint
+from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
+from intra.training.loss import reconstruction_loss
+from intra.training.sampler import WindowSampler
+
+__all__ = ["Budget", "Fitted", "Report", "fit"]
+
+CHECKPOINT_EVERY_S = 30.0
+REPORT_EVERY_S = 0.5
+LOG_FIELDS = ("step", "epoch", "elapsed_s", "learning_rate", "train_loss", "validation_loss", "windows_per_s")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When training ends: whichever of the two is reached first. One of them is given."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def spent(self, step: int, elapsed_s: float) -> float:
+        """The share of the budget that is used up, in [0, 1]; the learning rate follows it."""
+        shares = [step / self.steps] if self.steps else []
+        shares += [elapsed_s / self.seconds] if self.seconds else []
+        return min(1.0, max(shares))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a progress bar shows."""
+
+    step: int
+    spent: float  # share of the budget, in [0, 1]
+    train_loss: float
+    validation_loss: float  # the best so far; infinite before the first
+    windows_per_s: float
+    unit: str  # of windows_per_s: "images/s" where a window is a whole image
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of `fit`; the network holds the best weights."""
+
+    progress: Progress
+    interrupted: bool
+
+
+def fit(
+    model: nn.Module, sampler: WindowSampler, validation_images: Shaped[Tensor, "n c h w"], *, config: TrainConfig,
+    model_config: ModelConfig, lattice: int, budget: Budget, fabric: Fabric, out: Path, identity: dict[str, Any],
+    resume: bool = False, on_report: Callable[[Report], None] | None = None,
+) -> Fitted:  # fmt: skip
+    """Trains the network and leaves the weights of the best validation loss in it.
+
+    Validates at the end of every epoch and of the budget, on every patch of the validation images. Writes log.csv,
+    and last.ckpt about every half minute. SIGINT and SIGTERM end it after the step in progress, with a checkpoint.
+    Raises InTraError if the loss is no longer a number.
+    """
+    optimizer = _optimizer(model, config)
+    progress, best = Progress(), {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint = out / CHECKPOINT_FILE
+    if resume:
+        progress, best = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+        progress.finished = _is_finished(progress, config, budget)  # the budget may be another one now
+    network, optimizer = fabric.setup(model, optimizer)
+    log = _Log(out, keep_until=progress.step)
+    meter = _Meter(progress, unit="images/s" if sampler.window_shape == sampler.grid else "windows/s")
+    saved_at = time.monotonic()
+
+    def checkpoint_now() -> None:
+        _refuse_nan(meter.last_loss, progress, checkpoint)
+        save_checkpoint(checkpoint, model=model, best=best, optimizer=optimizer, progress=progress, identity=identity)
+
+    with _stop_on_signal() as stop:
+        while not progress.finished and not stop.is_set():
+            rate = _learning_rate(config, budget.spent(progress.step, progress.elapsed_s))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = sampler.batch(progress.step)
+            network.train()
+            with fabric.autocast():
+                inpainted = network(batch.patches, batch.positions, batch.hidden)
+            loss = reconstruction_loss(inpainted, batch.patches[batch.hidden], channels=model_config.channels,
+                                       gms_weight=config.gms_weight, ssim_weight=config.ssim_weight)
+            fabric.backward(loss)
+            if config.gradient_clip is not None:
+                fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step += 1
+            meter.add(loss.detach(), len(batch.patches))
+            spent = budget.spent(progress.step, progress.elapsed_s)
+            if on_report and meter.is_due():
+                on_report(meter.report(spent, progress.best_validation_loss))
+            if progress.step % sampler.steps_per_epoch == 0 or spent >= 1:
+                with fabric.autocast():
+                    validation_loss = validate(model, validation_images, config=config, model_config=model_config,
+                                               lattice=lattice)
+                meter.tick()
+                log.write(progress, sampler.steps_per_epoch, rate, meter, validation_loss)
+                _judge(progress, validation_loss, model, best, checkpoint)
+                progress.finished = _is_finished(progress, config, budget)
+            if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and not progress.finished:
+                checkpoint_now()
+                saved_at = time.monotonic()
+        checkpoint_now()
+        interrupted = stop.is_set() and not progress.finished
+    log.close()
+    model.load_state_dict(best)
+    return Fitted(progress, interrupted)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, images: Shaped[Tensor, "n c h w"], *, config: TrainConfig, model_config: ModelConfig,
+    lattice: int,
+) -> float:  # fmt: skip
+    """The loss over every patch of the images, each hidden once; one random window an image would be luck."""
+    model.eval()
+    total = 0.0
+    for chunk in images.split(8):
+        pixels = to_unit(chunk)
+        repaired = inpaint(model, pixels, patch_size=model_config.patch_size, window_size=model_config.window_size,
+                           lattice=lattice)
+        patches, target = (_all_patches(x, model_config.patch_size) for x in (repaired, pixels))
+        loss = reconstruction_loss(patches, target, channels=model_config.channels, gms_weight=config.gms_weight,
+                                   ssim_weight=config.ssim_weight)
+        total += float(loss) * len(chunk)
+    return total / len(images)
+
+
+def _all_patches(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "n p"]:
+    return patchify(images, patch_size).flatten(0, 1)
+
+
+def _is_finished(progress: Progress, config: TrainConfig, budget: Budget) -> bool:
+    if config.patience is not None and progress.epochs_without_better >= config.patience:
+        return True
+    return budget.spent(progress.step, progress.elapsed_s) >= 1
+
+
+def _judge(
+    progress: Progress, validation_loss: float, model: nn.Module, best: dict[str, Tensor], checkpoint: Path
+) -> None:
+    """Keeps the weights if they are the best so far. Raises InTraError if the loss is not a number."""
+    _refuse_nan(validation_loss, progress, checkpoint)
+    if validation_loss < progress.best_validation_loss:
+        progress.best_validation_loss, progress.best_step = validation_loss, progress.step
+        progress.epochs_without_better = 0
+        for name, value in model.state_dict().items():
+            best[name].copy_(value)
+    else:
+        progress.epochs_without_better += 1
+
+
+def _refuse_nan(loss: float, progress: Progress, checkpoint: Path) -> None:
+    if not math.isfinite(loss):
+        raise InTraError(f"the loss is no longer a number at step {progress.step}; {checkpoint} holds the last good "
+                         "state, if any; train with --set train.precision=fp32 or a lower train.learning_rate")
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam, or AdamW that shrinks matrices only, not biases, norms and position embeddings."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("pos_embed")]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(groups, lr=config.learning_rate, fused=True)
+
+
+def _learning_rate(config: TrainConfig, spent: float) -> float:
+    """Linear warm-up, then constant or down half a cosine to zero at the end of the budget."""
+    if spent < config.warmup_fraction:
+        return config.learning_rate * (spent + 1e-3) / (config.warmup_fraction + 1e-3)
+    if config.schedule == "constant":
+        return config.learning_rate
+    along = (spent - config.warmup_fraction) / (1 - config.warmup_fraction)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * along))
+
+
+class _Meter:
+    """Loss, rate and time; reads the loss from the device only when somebody asks."""
+
+    def __init__(self, progress: Progress, *, unit: str) -> None:
+        self.progress = progress
+        self.unit = unit
+        self.before_s = progress.elapsed_s
+        self.started = self.last_report = time.monotonic()
+        self.losses: list[Tensor] = []
+        self.last = torch.zeros(())
+        self.windows = 0
+
+    def tick(self) -> None:
+        self.progress.elapsed_s = self.before_s + time.monotonic() - self.started
+
+    def add(self, loss: Tensor, windows: int) -> None:
+        self.losses.append(loss)
+        self.last = loss
+        self.windows += windows
+        self.tick()
+
+    def is_due(self) -> bool:
+        due = time.monotonic() - self.last_report >= REPORT_EVERY_S
+        if due:
+            self.last_report = time.monotonic()
+        return due
+
+    @property
+    def windows_per_s(self) -> float:
+        return self.windows / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def last_loss(self) -> float:
+        return float(self.last)
+
+    def report(self, spent: float, best: float) -> Report:
+        seconds = self.progress.elapsed_s
+        return Report(self.progress.step, spent, self.last_loss, best, self.windows_per_s, self.unit,
+                      seconds / max(spent, 1e-9) * (1 - spent))
+
+    def take_mean_loss(self) -> float:
+        """The mean loss since the last call."""
+        mean = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+        self.losses = []
+        return mean
+
+
+class _Log:
+    """log.csv, and TensorBoard's event files where it is installed."""
+
+    def __init__(self, out: Path, *, keep_until: int) -> None:
+        self.path = out / "log.csv"
+        kept: list[dict[str, str]] = []
+        if self.path.exists() and keep_until:  # a resumed run does again what came after its checkpoint
+            with self.path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_until]
+        lines = [",".join(LOG_FIELDS), *(",".join(row[name] for name in LOG_FIELDS) for row in kept)]
+        write_atomically(self.path, "\n".join(lines) + "\n")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.board = None
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_until + 1)
+
+    def write(
+        self, progress: Progress, steps_per_epoch: int, rate: float, meter: _Meter, validation_loss: float
+    ) -> None:
+        train_loss = meter.take_mean_loss()
+        row = (progress.step, progress.step // steps_per_epoch, f"{progress.elapsed_s:.2f}", f"{rate:.3e}",
+               f"{train_loss:.6f}", f"{validation_loss:.6f}", f"{meter.windows_per_s:.1f}")
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.board is not None:
+            for name, value in (("loss/train", train_loss), ("loss/validation", validation_loss),
+                                ("learning_rate", rate)):
+                self.board.add_scalar(name, value, progress.step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that no step is cut in half; a second one ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

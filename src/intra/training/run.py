@@ -1,0 +1,253 @@
+"""From a folder of good images to a model file: decode, fit, calibrate, save."""
+
+import hashlib
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+import intra
+from intra.config import Config, ModelConfig, preset
+from intra.data.folder import Category, find_categories, require_enough
+from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
+from intra.errors import InTraError
+from intra.inspection.calibration import calibrate
+from intra.inspection.detector import MODEL_FILE, Detector, repair
+from intra.inspection.device import pick_device, uses_bf16
+from intra.models import build
+from intra.training.checkpoint import CHECKPOINT_FILE, read_header
+from intra.training.engine import Budget, Report, fit
+from intra.training.sampler import WindowSampler, allowed_symmetries
+
+__all__ = ["Run", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished, or interrupted, training."""
+
+    path: Path  # the folder
+    model_path: Path
+    best_validation_loss: float
+    num_steps: int
+    elapsed_s: float
+    interrupted: bool  # by Ctrl-C or a signal; `resume` goes on
+
+
+def train(
+    data: str | Path | Category,
+    out: str | Path,
+    *,
+    preset: str | None = None,  # noqa: A002
+    image_size: str | int | tuple[int, int] | None = None,
+    minutes: float | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    settings: Mapping[str, str] | None = None,
+    normal: str | Path | None = None,
+    on_report: Callable[[Report], None] | None = None,
+) -> Run:
+    """Trains on the good images of one category and writes `out`/model.safetensors.
+
+    Args:
+        data: a category in MVTec's layout, or a folder of good images.
+        preset: "fast" (the default) or "paper".
+        image_size: px; "auto", a side, or (height, width). Sides become multiples of the patch.
+        minutes, epochs, steps: the budget, one of them; without any, the preset's. The schedule fits it.
+        seed: the same seed on the same machine gives the same weights (with a budget in steps or epochs).
+        resume: go on from `out`/last.ckpt where there is one; preset, seed and settings are then those of the run.
+        settings: replaces single settings by text, `{"train.batch_size": "16"}`.
+        on_report: called about twice a second.
+
+    Raises InTraError on anything that the user can mend.
+    """
+    out = Path(out)
+    category = data if isinstance(data, Category) else _one_category(data, normal)
+    require_enough(category)
+    checkpoint = out / CHECKPOINT_FILE
+    stored = read_header(checkpoint)["identity"] if resume and checkpoint.exists() else None
+    if not resume and (checkpoint.exists() or (out / MODEL_FILE).exists()):
+        raise InTraError(f"{out} already holds a run; pass --resume to go on with it, or choose another --out")
+    chosen = pick_device(device)
+    wanted = _wanted(preset, image_size, settings)
+    fingerprints = _fingerprints(category)
+    if stored is None:
+        config = _resolve(wanted, category)
+    else:
+        config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
+    images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
+    train_index, validation_index = _split(len(images), config, seed)
+    training, validation = images[train_index].to(chosen), images[validation_index].to(chosen)
+    sampler = _sampler(training, config, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(config.model)
+    identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints}
+    fitted = fit(
+        model, sampler, validation, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
+        budget=_budget(config, minutes, epochs, steps, sampler.steps_per_epoch), fabric=_fabric(chosen, config),
+        out=out, identity=identity, resume=stored is not None, on_report=on_report,
+    )  # fmt: skip
+    best_loss = fitted.progress.best_validation_loss  # infinite if interrupted before the first validation
+    provenance = {
+        **_software(chosen), "seed": seed, "steps": fitted.progress.step, "best_step": fitted.progress.best_step,
+        "best_validation_loss": best_loss if math.isfinite(best_loss) else None,
+        "elapsed_s": round(fitted.progress.elapsed_s, 1), "category": category.name,
+        "num_train": len(training), "num_validation": len(validation), "training_images": fingerprints,
+        "symmetries": sampler.symmetries.int().tolist(), "pretrained_weights": None,
+    }  # fmt: skip
+    detector = _calibrated(model, config, training, validation, provenance, chosen)
+    detector.save(out / MODEL_FILE)
+    return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
+               fitted.progress.elapsed_s, fitted.interrupted)
+
+
+def _one_category(data: str | Path, normal: str | Path | None) -> Category:
+    categories = find_categories(data, normal=normal)
+    if len(categories) != 1:
+        names = ", ".join(category.name for category in categories)
+        raise InTraError(f"{data} holds {len(categories)} categories ({names}); a model is trained on one, e.g. "
+                         f"{Path(data) / categories[0].name}")
+    return categories[0]
+
+
+def _wanted(name: str | None, image_size: str | int | tuple[int, int] | None, settings: Mapping[str, str] | None
+            ) -> Config:  # fmt: skip
+    """The preset with the user's changes; the grid is still the preset's."""
+    config = preset(name or "fast")
+    changed = dict(settings or {})
+    if image_size is not None:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        text = sides if isinstance(sides, str) else f"{sides[0]}x{sides[1]}"
+        changed["data.image_size"] = f"{text}x{text}" if text.isdigit() else text
+    return config.with_settings(changed)
+
+
+def _resolve(config: Config, category: Category) -> Config:
+    """The config with every "auto" about the data decided, from the files' headers alone."""
+    infos = [read_info(path) for path in category.train]
+    patch_size = config.model.patch_size
+    size = config.data.image_size
+    if size == "auto":
+        size = auto_image_size([info.size for info in infos], patch_size=patch_size,
+                               window_size=config.model.window_size)
+    if size[0] % patch_size or size[1] % patch_size:
+        raise InTraError(f"--image-size is {size[0]}x{size[1]} px; both sides must be multiples of the patch, "
+                         f"{patch_size} px, e.g. {_nearby(size[0], patch_size)}x{_nearby(size[1], patch_size)}")
+    channels = auto_channels(infos) if config.data.channels == "auto" else config.data.channels
+    grid = size[0] // patch_size, size[1] // patch_size
+    return replace(config, model=replace(config.model, grid=grid, channels=channels))
+
+
+def _nearby(side: int, patch_size: int) -> int:
+    return max(1, round(side / patch_size)) * patch_size
+
+
+def _resumed(
+    stored: Mapping[str, Any], wanted: Config | None, seed: int, fingerprints: Mapping[str, str], out: Path
+) -> tuple[Config, int]:
+    """The stored config and seed. Raises InTraError where the call asks for something else."""
+    config = Config.from_dict(stored["config"])
+    if stored["training_images"] != dict(fingerprints):
+        raise InTraError(f"the images are no longer those with which {out} was begun; put them back, or train anew "
+                         "into another --out")
+    if wanted is not None:
+        asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels))
+        if asked != config:
+            raise InTraError(f"{out} was begun with other settings; resume without --preset, --image-size and --set, or "
+                             "train anew into another --out")
+    if seed not in (0, stored["seed"]):
+        raise InTraError(f"{out} was begun with seed {stored['seed']}, not {seed}; resume without --seed")
+    return config, int(stored["seed"])
+
+
+def _fingerprints(category: Category) -> dict[str, str]:
+    """The SHA-256 of every good image, by its path below the category."""
+    found = {}
+    for path in category.train:
+        name = path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else path.name
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images train and which validate: a share, but at least 3 (or a third) to calibrate on, at most a number."""
+    share = round(count * config.data.validation_fraction)
+    num_validation = min(max(share, min(3, count // 3), 1), config.data.max_validation_images)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[num_validation:].sort().values, order[:num_validation].sort().values
+
+
+def _sampler(training: Shaped[Tensor, "n c h w"], config: Config, seed: int) -> WindowSampler:
+    num_patches = config.model.window_shape[0] * config.model.window_shape[1]
+    share = config.train.hidden_fraction
+    num_hidden = 1 if share is None else min(max(1, round(num_patches * share)), num_patches)
+    return WindowSampler(
+        training, patch_size=config.model.patch_size, window_shape=config.model.window_shape, num_hidden=num_hidden,
+        windows_per_image=config.train.windows_per_image, batch_size=config.train.batch_size, seed=seed,
+        symmetries=allowed_symmetries(training, flips=config.train.flips, turns=config.train.turns),
+    )  # fmt: skip
+
+
+def _budget(
+    config: Config, minutes: float | None, epochs: int | None, steps: int | None, steps_per_epoch: int
+) -> Budget:
+    """The budget that was given, or else the preset's."""
+    given = [name for name, value in (("--minutes", minutes), ("--epochs", epochs), ("--steps", steps))
+             if value is not None]
+    if len(given) > 1:
+        raise InTraError(f"give one budget, not {' and '.join(given)}")
+    if given and min(value for value in (minutes, epochs, steps) if value is not None) <= 0:
+        raise InTraError(f"{given[0]} must be above 0")
+    if minutes is not None:
+        return Budget(seconds=minutes * 60)
+    if steps is not None:
+        return Budget(steps=steps)
+    if epochs is None and config.train.max_steps is not None:
+        return Budget(steps=config.train.max_steps)
+    epochs = epochs if epochs is not None else config.train.max_epochs
+    if epochs is None:
+        raise InTraError("no budget: give --minutes, --epochs or --steps, or set train.max_steps or train.max_epochs")
+    return Budget(steps=epochs * steps_per_epoch)
+
+
+def _fabric(device: torch.device, config: Config) -> Fabric:
+    bf16 = uses_bf16(device, config.train.precision)
+    return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1,
+                  precision="bf16-mixed" if bf16 else "32-true")
+
+
+def _calibrated(
+    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    provenance: dict[str, Any], device: torch.device,
+) -> Detector:  # fmt: skip
+    """The detector with its reference and threshold from good images."""
+    model = model.to(device).eval()
+
+    def differences(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n h w"]:
+        return torch.cat([repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1]
+                          for chunk in images.split(8)])
+
+    trained_on = differences(training) if config.scoring.reference == "training" else None
+    reference, scores = calibrate(differences(validation), trained_on, scoring=config.scoring)
+    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
+                    device=str(device))
+
+
+def _software(device: torch.device) -> dict[str, str]:
+    return {"intra": intra.__version__, "torch": torch.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "machine": platform.machine(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+

@@ -1,0 +1,31 @@
+"""Fixtures that several tests share: small photos, and a model that was really trained on them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from intra.data.demo import make_demo
+from intra.training.run import Run, train
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# The lattice variant, small enough to learn 64 px photos in seconds.
+TINY = {
+    "model.patch_size": "8", "model.embed_dim": "48", "model.depth": "3", "model.num_heads": "4",
+    "train.precision": "fp32", "scoring.precision": "fp32", "scoring.blur_size": "7", "scoring.scales": "1,2",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in photos at 64 px: two categories."""
+    folder = tmp_path_factory.mktemp("photos")
+    make_demo(folder, size_px=64, num_train=16, num_test_good=6, num_per_defect=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model trained for a few seconds on the gear."""
+    return train(photos / "gear", tmp_path_factory.mktemp("run"), steps=60, image_size=64, settings=TINY)

@@ -1,0 +1,129 @@
+"""Anomaly maps and thresholds: what they mean, and what they promise."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intra.config import ScoringConfig
+from intra.errors import InTraError
+from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
+from intra.inspection.calibration import calibrate, choose_threshold, given_threshold
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_papers_map_by_hand():
+    reference = Reference.of(torch.stack([torch.full((4, 4), 0.1), torch.full((4, 4), 0.3)]), spread=False)
+    differences = torch.tensor([0.2, 0.5, 0.0])[:, None, None].expand(3, 4, 4)
+    squared = anomaly_map(differences, reference, deviation="squared")
+    torch.testing.assert_close(image_score(squared), torch.tensor([0.0, 0.09, 0.04]))
+    clipped = anomaly_map(differences, reference, deviation="clipped")
+    torch.testing.assert_close(image_score(clipped), torch.tensor([0.0, 0.3, 0.0]))
+    signed = anomaly_map(differences, reference, deviation="signed")
+    torch.testing.assert_close(image_score(signed), torch.tensor([0.0, 0.3, -0.2]))
+    assert torch.equal(anomaly_map(differences, reference, deviation="none"), differences)
+
+
+def test_maps_are_raw():
+    """Trap 7: a map that is scaled by its own range cannot rank images."""
+    reference = Reference.of(torch.zeros(2, 8, 8), spread=False)
+    weak, strong = (torch.zeros(1, 8, 8).index_fill(1, torch.tensor([3]), value) for value in (0.1, 0.4))
+    scores = [image_score(anomaly_map(maps, reference, deviation="squared")).item() for maps in (weak, strong)]
+    assert scores[1] == pytest.approx(16 * scores[0])
+
+
+def test_spread_makes_restless_places_count_less():
+    good = torch.zeros(50, 1, 2)
+    good[:, 0, 0] = 0.01 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    good[:, 0, 1] = 0.20 * torch.randn(50, generator=torch.Generator().manual_seed(1))
+    away = anomaly_map(torch.full((1, 1, 2), 0.3), Reference.of(good, spread=True), deviation="signed")
+    assert away[0, 0, 0] > 1.5 * away[0, 0, 1]
+    assert away.isfinite().all()
+
+
+def test_spread_of_equal_maps_is_not_zero():
+    away = anomaly_map(rand(1, 4, 4), Reference.of(torch.full((5, 4, 4), 0.5), spread=True), deviation="squared")
+    assert away.isfinite().all()
+
+
+def test_difference_lies_where_the_image_changed():
+    image = rand(1, 3, 64, 64)
+    changed = image.clone()
+    changed[..., 8:24, 8:24] = 0.5
+    difference = difference_map(image, changed, scales=(1, 2), blur_size=5)
+    assert difference[0, 12:20, 12:20].mean() > 10 * difference[0, 40:].mean()
+    assert difference_map(image, image, scales=(1, 2), blur_size=5).abs().max() < 1e-6
+
+
+def test_a_held_out_image_is_scored_against_the_others():
+    """An odd image among the held-out ones must not be excused by its own part in the mean."""
+    maps = 0.1 * rand(6, 8, 8)
+    maps[2] += 1
+    scoring = ScoringConfig(reference="validation")
+    reference, scores = calibrate(maps, None, scoring=scoring)
+    others = Reference.of(torch.cat([maps[:2], maps[3:]]), spread=False)
+    assert scores[2] == pytest.approx(image_score(anomaly_map(maps[2:3], others, deviation="squared")).item())
+    torch.testing.assert_close(reference.mean, maps.mean(0))
+
+
+def test_the_papers_reference_is_the_training_images():
+    trained_on, held_out = 0.1 * rand(9, 8, 8), 0.2 * rand(4, 8, 8, seed=1)
+    reference, scores = calibrate(held_out, trained_on, scoring=ScoringConfig())
+    torch.testing.assert_close(reference.mean, trained_on.mean(0))
+    torch.testing.assert_close(torch.tensor(scores), image_score((held_out - trained_on.mean(0)) ** 2))
+
+
+def test_too_few_held_out_images_are_refused():
+    with pytest.raises(InTraError, match="at least 3"):
+        calibrate(rand(2, 4, 4), None, scoring=dataclasses.replace(ScoringConfig(), reference="validation"))
+
+
+def test_threshold_by_hand():
+    scores = [float(n) for n in range(1, 100)]  # 99 images: 1 % means that the largest may just not be passed
+    assert choose_threshold(scores, 0.01).value == 99
+    assert choose_threshold(scores, 0.05).value == 95
+    assert choose_threshold(scores, 0.05).false_reject_rate == pytest.approx(0.05)
+    few = choose_threshold(scores[:19], 0.01)
+    assert few.value == 19
+    assert few.false_reject_rate == pytest.approx(0.05)
+    assert "99 images" in few.promise
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(0.001, 0.999))
+def test_threshold_rejects_no_more_of_its_own_images_than_promised(scores, rate):
+    threshold = choose_threshold(scores, rate)
+    rejected = sum(score > threshold.value for score in scores)
+    assert rejected <= threshold.false_reject_rate * (len(scores) + 1) - 1 + 1e-6
+    assert threshold.false_reject_rate <= max(rate, 1 / (len(scores) + 1)) + 1e-9
+
+
+@pytest.mark.parametrize(("count", "rate"), [(20, 0.01), (60, 0.05), (200, 0.02)])
+def test_the_promise_is_kept_on_new_images(count, rate):
+    """Over many draws of good images the mean share of new good ones that are rejected is what was promised."""
+    rng = np.random.default_rng(0)
+    realised = []
+    for _ in range(2000):
+        threshold = choose_threshold(rng.gamma(2, size=count).tolist(), rate)
+        realised.append((rng.gamma(2, size=50) > threshold.value).mean())
+    promised = choose_threshold([float(n) for n in range(count)], rate).false_reject_rate
+    assert np.mean(realised) == pytest.approx(promised, rel=0.1)
+
+
+def test_a_threshold_of_ones_own():
+    assert given_threshold([1.0, 2.0, 3.0], 2.5).false_reject_rate == pytest.approx(0.5)
+    with pytest.raises(InTraError, match="finite"):
+        given_threshold([1.0], float("nan"))
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 2])
+def test_wrong_rates_are_refused(rate):
+    with pytest.raises(InTraError, match="between 0 and 1"):
+        choose_threshold([1.0], float(rate))
+    with pytest.raises(InTraError, match="good images"):
+        choose_threshold([], 0.01)

@@ -1,0 +1,322 @@
+"""The command line: parses, calls one function, prints."""
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intra.errors import InTraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from intra.data.folder import Category, Summary
+    from intra.training.engine import Report
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="intra", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]},
+    help="Learns what good parts look like from photos of good parts alone; finds, outlines and repairs what is wrong "
+         "in new photos.",
+    epilog="Start with `intra demo`, or with `intra check-data PHOTOS` and `intra train PHOTOS --out RUN`.",
+)  # fmt: skip
+
+DataArgument = Annotated[Path, typer.Argument(
+    metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
+                         "plain folder of photos of good parts.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `intra train` wrote, or a model file.")]
+NormalOption = Annotated[Path | None, typer.Option(
+    metavar="DIR", help="Photos of good parts, where DATA is no category; below DATA or anywhere.")]
+AnomalousOption = Annotated[Path | None, typer.Option(
+    metavar="DIR", help="Photos of defective parts, where DATA is no category.")]
+MasksOption = Annotated[Path | None, typer.Option(
+    metavar="DIR", help="Masks NAME_mask.png of the defective parts, where DATA is no category.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+ThresholdOption = Annotated[float | None, typer.Option(help="Replaces the model's threshold; no training is needed.")]
+RateOption = Annotated[float | None, typer.Option(
+    "--false-reject-rate", metavar="SHARE",
+    help="The share of good parts that may be rejected, e.g. 0.01; moves the threshold, no training is needed.")]
+
+
+def main() -> None:
+    """The entry point: exit 0 done, 2 a mistake of the user, 1 anything else."""
+    try:
+        app(standalone_mode=True)
+    except InTraError as error:
+        _say_error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say_error("stopped")
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from intra import __version__
+
+        typer.echo(f"intra {__version__}")
+        raise typer.Exit
+
+
+@app.command("check-data", epilog="Example: `intra check-data photos/bottle`")
+def check_data(
+    data: DataArgument, normal: NormalOption = None, anomalous: AnomalousOption = None, masks: MasksOption = None
+) -> None:
+    """Tell what will be used for what, and list every unreadable, duplicate or odd file. Exit 2 if there are errors."""
+    from intra.data.folder import check_data as check
+
+    with _bar("checking", unit="files/s") as step:
+        report = check(data, normal=normal, anomalous=anomalous, masks=masks, on_progress=step)
+    console = _console()
+    for category in report.categories:
+        _print_category(category, report.summaries[category.name])
+    for problem in report.problems:
+        console.print(f"{problem.severity}: {problem.path}: {problem.message}", highlight=False, markup=False,
+                      style="red" if problem.severity == "error" else "yellow", soft_wrap=True)
+    num_errors = sum(problem.severity == "error" for problem in report.problems)
+    console.print(f"{num_errors} errors, {len(report.problems) - num_errors} warnings", highlight=False)
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: `intra train photos/bottle --out runs/bottle --minutes 15`")
+def train(
+    data: DataArgument,
+    out: OutOption,
+    preset: Annotated[str | None, typer.Option(help="fast (default; minutes on a CPU) or paper (hours on a GPU).")] = None,
+    image_size: Annotated[str | None, typer.Option(metavar="auto|N|HxW", help="Height and width in px.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget: epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget: optimiser steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine: same weights.")] = 0,
+    device: DeviceOption = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    settings: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="KEY=VALUE", help="Replace one setting, e.g. train.batch_size=16; may be repeated.")] = None,
+    normal: NormalOption = None,
+) -> None:  # fmt: skip
+    """Learn what good parts look like. Ctrl-C ends it early with a usable model; --resume goes on."""
+    from intra.data.folder import find_categories
+
+    categories = find_categories(data, normal=normal)
+    interrupted = False
+    for category in categories:
+        folder = out / category.name if len(categories) > 1 else out
+        interrupted = _train_one(category, folder, preset=preset, image_size=image_size, minutes=minutes, epochs=epochs,
+                                 steps=steps, seed=seed, device=device, resume=resume, settings=_pairs(settings))
+        if interrupted:
+            break
+    if interrupted:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `intra evaluate runs/bottle photos/bottle --out results/bottle`")
+def evaluate(
+    run: RunArgument, data: DataArgument, out: OutOption, normal: NormalOption = None, anomalous: AnomalousOption = None,
+    masks: MasksOption = None, device: DeviceOption = "auto", threshold: ThresholdOption = None,
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Measure a model on labelled photos: DIR/results.json, DIR/report.html and DIR/maps/."""
+    from intra.data.folder import find_categories
+    from intra.inspection.detector import Detector
+
+    categories = find_categories(data, normal=normal, anomalous=anomalous, masks=masks)
+    several = len(categories) > 1
+    found = []
+    for category in categories:
+        folder, model = (out / category.name, run / category.name) if several else (out, run)
+        detector = Detector.load(model, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
+        found.append((category.name, _evaluate_one(detector, category, folder), folder))
+    _print_figures(found)
+
+
+@app.command(epilog="Example: `intra predict runs/bottle new_photos --out verdicts --save-images`")
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER...", help="Photos to inspect.")],
+    out: OutOption,
+    save_images: Annotated[bool, typer.Option(
+        "--save-images", help="Also write heatmap, outline, repaired image and mask of each.")] = False,
+    device: DeviceOption = "auto",
+    threshold: ThresholdOption = None,
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Inspect new photos: DIR/predictions.jsonl. Exit 2 if some could not be read."""
+    from intra.evaluation.predict import FileVerdict, predict_files
+    from intra.inspection.detector import Detector
+
+    detector = Detector.load(run, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
+    console = _console()
+    num_anomalous = 0
+    with _bar("inspecting", unit="images/s") as step:
+
+        def show(verdict: FileVerdict, done: int, total: int) -> None:
+            nonlocal num_anomalous
+            step(done, total)
+            if verdict.prediction is None:
+                console.print(f"unreadable  {verdict.error}", style="yellow", markup=False, soft_wrap=True)
+            elif verdict.prediction.is_anomalous:
+                num_anomalous += 1
+                console.print(f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}", style="red", markup=False,
+                              soft_wrap=True)
+            else:
+                console.print(f"good    {verdict.prediction.score:.4g}  {verdict.path}", markup=False, highlight=False,
+                              soft_wrap=True)
+
+        unreadable = predict_files(detector, images, out, save_images=save_images, on_verdict=show)
+    console.print(f"{num_anomalous} anomalous (score above {detector.threshold:.4g}: {detector.calibration.promise})",
+                  highlight=False, markup=False)
+    console.print(f"wrote {out / 'predictions.jsonl'}", highlight=False, markup=False, soft_wrap=True)
+    if unreadable:
+        raise InTraError(f"{len(unreadable)} of the files could not be read, e.g. {unreadable[0]}; all are named in "
+                         f"{out / 'predictions.jsonl'}")
+
+
+@app.command(epilog="Example: `intra demo --out demo`")
+def demo(
+    out: OutOption = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 700,
+    device: DeviceOption = "auto",
+) -> None:
+    """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""
+    from intra.data.demo import make_demo
+    from intra.data.folder import find_categories
+    from intra.inspection.detector import Detector
+
+    console = _console()
+    console.print(f"making photos in {out / 'data'}", highlight=False, markup=False)
+    make_demo(out / "data")
+    found = []
+    for category in find_categories(out / "data"):
+        run = out / "runs" / category.name
+        if _train_one(category, run, steps=steps, device=device, resume=True):
+            raise typer.Exit(1)
+        folder = out / "results" / category.name
+        found.append((category.name, _evaluate_one(Detector.load(run, device=device), category, folder), folder))
+    _print_figures(found)
+
+
+def _print_category(category: "Category", summary: "Summary") -> None:
+    """What will be used for what."""
+    console = _console()
+    console.print(f"{category.name}  {category.root}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    tests = Counter(image.defect for image in category.test)
+    masks = sum(image.mask is not None for image in category.test)
+    lines = [f"{len(category.train)} good images to train on"]
+    lines += [f"{tests['good']} good images to test on"] if tests["good"] else []
+    lines += [f"{count} images to test on: {defect}" for defect, count in tests.items() if defect != "good"]
+    lines += [f"{masks} masks"] if masks else []
+    sizes = ", ".join(f"{height}x{width} px ({count})" for (height, width), count in summary.sizes.most_common(3))
+    more = len(summary.sizes) - 3
+    lines.append(f"height x width: {sizes}" + (f" and {more} other sizes" if more > 0 else ""))
+    if summary.image_size is not None:
+        lines.append("resized for training to {}x{} px".format(*summary.image_size))
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
+    """Trains with a progress bar; returns whether it was interrupted."""
+    from intra.training.run import train as train_category
+
+    console = _console()
+    with _training_bar(category.name) as show:
+        run = train_category(category, folder, on_report=show, **options)
+    state = "interrupted; --resume goes on" if run.interrupted else "trained"
+    console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best validation "
+                  f"loss {run.best_validation_loss:.5f}", highlight=False, markup=False)
+    console.print(f"wrote {run.model_path}", highlight=False, markup=False, soft_wrap=True)
+    return run.interrupted
+
+
+def _evaluate_one(detector: Any, category: "Category", folder: Path) -> dict[str, Any]:
+    from intra.evaluation.evaluate import evaluate_category
+
+    with _bar(f"evaluating {category.name}", unit="images/s") as step:
+        return evaluate_category(detector, category, out=folder, on_progress=step)
+
+
+def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
+    from rich.table import Table
+
+    names = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "recall", "false_reject_rate",
+             "seconds_per_image")
+    table = Table("category", *(name.replace("_", " ") for name in names))
+    for category, results, _ in found:
+        table.add_row(category, *("–" if results[name] is None else f"{results[name]:.3f}" for name in names))
+    console = _console()
+    console.print(table)
+    for _, results, folder in found:
+        for name, reason in results.get("reasons", {}).items():
+            console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _pairs(settings: list[str] | None) -> dict[str, str]:
+    pairs = {}
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InTraError(f"--set {setting!r} has no '='; write --set KEY=VALUE, e.g. --set train.batch_size=16")
+        pairs[key.strip()] = value
+    return pairs
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _say_error(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar(label: str, *, unit: str) -> "Iterator[Callable[..., None]]":
+    """A progress bar; yields a function that takes how many are done, and if known how many there are."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                  TimeRemainingColumn(), transient=True) as progress:  # fmt: skip
+        task = progress.add_task(label, total=None, rate="")
+
+        def step(done: int, total: int | None = None) -> None:
+            progress.update(task, completed=done, total=total)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f"{speed:.1f} {unit}" if speed else "")
+
+        yield step
+
+
+@contextmanager
+def _training_bar(label: str) -> "Iterator[Callable[[Report], None]]":
+    """A progress bar of training: loss, rate and time left."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
+                  transient=True) as progress:  # fmt: skip
+        task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
+
+        def show(report: "Report") -> None:
+            minutes, seconds = divmod(int(report.seconds_left), 60)
+            progress.update(task, completed=report.spent, text=(
+                f"step {report.step}  loss {report.train_loss:.4f}  best validation {report.validation_loss:.4f}  "
+                f"{report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
+
+        yield show
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Verdicts and ground truth → figures, results.json and the report."""

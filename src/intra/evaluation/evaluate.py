@@ -1,0 +1,316 @@
+"""Verdicts on test images and ground truth → results.json, report.html and maps/."""
+
+import hashlib
+import io
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+import intra
+from intra.data.files import write_atomically
+from intra.data.folder import Category, LabelledImage, find_categories
+from intra.data.images import read_image, read_mask
+from intra.errors import InTraError
+from intra.evaluation import metrics
+from intra.evaluation.report import Curves, Gallery, write_report
+from intra.inspection.detector import Detector, Prediction
+
+__all__ = ["evaluate", "evaluate_category"]
+
+IMAGES_PER_BATCH = 8  # decoded at a time; bounds the memory
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+def evaluate(
+    run: str | Path | Detector,
+    data: str | Path,
+    *,
+    out: str | Path,
+    normal: str | Path | None = None,
+    anomalous: str | Path | None = None,
+    masks: str | Path | None = None,
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The figures of a model on the test images of one category, as they stand in `out`/results.json.
+
+    Also writes `out`/report.html, and `out`/maps/DEFECT/NAME.tiff: the raw anomaly maps at the images' own size, 32-bit
+    float, where MVTec's official evaluation script looks for them.
+
+    Args:
+        run: a run's folder, a model file, or a detector.
+        data: a category in MVTec's layout; or a plain folder, with `normal`, `anomalous` and `masks` as folders in it.
+        on_progress: called with the number of images that are done and of all, after each batch.
+
+    Raises InTraError if there is nothing to test, a file cannot be read, or a mask does not fit its image.
+    """
+    categories = find_categories(data, normal=normal, anomalous=anomalous, masks=masks)
+    if len(categories) != 1:
+        names = ", ".join(category.name for category in categories)
+        raise InTraError(f"{data} holds {len(categories)} categories ({names}); a model is evaluated on one, e.g. "
+                         f"{Path(data) / categories[0].name}")
+    detector = run if isinstance(run, Detector) else Detector.load(run, device=device)
+    return evaluate_category(detector, categories[0], out=out, on_progress=on_progress)
+
+
+def evaluate_category(
+    detector: Detector, category: Category, *, out: str | Path, on_progress: Progress | None = None
+) -> dict[str, Any]:
+    """Like `evaluate`, for a category that is already found.
+
+    `seconds_per_image` is wall time from the decoded image to its verdict, without the first batch if there are
+    several. Pixel metrics count every test image, good ones without any defect; defective ones without a mask are left
+    out. Good test images whose very file was trained on test nothing: they are left out of everything and counted in
+    `num_left_out`. `reasons` says why a metric is null, `notes` what else to know.
+    """
+    out = Path(out)
+    tests, left_out = _not_trained_on(category, detector)
+    if not tests:
+        which = "test images that the model was not trained on" if left_out else "test images"
+        raise InTraError(f"{category.root} has no {which}; expected test/good and test/DEFECT, or for a plain folder "
+                         "--anomalous FOLDER, with unseen good images in its sub-folder good")
+    inspected = _inspect(detector, tests, root=category.root, out=out, on_progress=on_progress)
+    figures, reasons, curves = _figures(inspected, detector.threshold)
+    results = {
+        "category": category.name,
+        **figures,
+        "threshold": detector.threshold,
+        "seconds_per_image": inspected.seconds_per_image,
+        "num_train": _num_train(detector),
+        "num_test": len(tests),
+        "num_left_out": len(left_out),
+        "reasons": reasons,
+        "notes": _notes(tests, left_out),
+        "model": _model_record(detector),
+        "provenance": _provenance(detector),
+        "peak_memory_mib": _peak_memory_mib(),
+        "images": inspected.rows,
+    }
+    text = json.dumps(results, indent=2, allow_nan=False)
+    write_atomically(out / "results.json", text + "\n")
+    write_report(out / "report.html", results, inspected.gallery, curves)
+    return dict(json.loads(text))  # a tuple is a list there
+
+
+@dataclass
+class _Inspected:
+    """What the inspection of all test images has left for the figures and the report."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)  # as in results.json
+    maps: list[np.ndarray] = field(default_factory=list)  # of the images that count in pixel metrics
+    masks: list[np.ndarray] = field(default_factory=list)
+    map_defects: list[str | None] = field(default_factory=list)  # None: a good image
+    gallery: Gallery = field(default_factory=Gallery)
+    batch_seconds: list[tuple[float, int]] = field(default_factory=list)  # wall time, images
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Without the first batch, which warms up, if there are several."""
+        counted = self.batch_seconds[1:] or self.batch_seconds
+        return sum(seconds for seconds, _ in counted) / sum(images for _, images in counted)
+
+
+def _inspect(
+    detector: Detector, tests: Sequence[LabelledImage], *, root: Path, out: Path, on_progress: Progress | None
+) -> _Inspected:
+    """Decodes each image once, batch by batch; keeps maps in memory only if there are masks to hold them against."""
+    inspected, saved = _Inspected(), set[Path]()
+    keep_maps = any(test.mask for test in tests)
+    for batch in _batches(tests):
+        images = [read_image(test.path) for test in batch]
+        start = time.perf_counter()
+        predictions = detector.predict_batch(images)
+        inspected.batch_seconds.append((time.perf_counter() - start, len(batch)))
+        for test, image, prediction in zip(batch, images, predictions, strict=True):
+            truth = _truth(test, image)
+            path = test.path.relative_to(root) if test.path.is_relative_to(root) else test.path
+            inspected.rows.append({"path": path.as_posix(), "defect": test.defect, "label": int(test.label),
+                                   "score": prediction.score, "is_anomalous": prediction.is_anomalous})
+            inspected.gallery.add(image, prediction, path=path.as_posix(), defect=test.defect, label=test.label,
+                                  truth=truth)
+            _save_map(prediction, test, out / "maps", saved)
+            if keep_maps and truth is not None:
+                inspected.maps.append(prediction.anomaly_map)
+                inspected.masks.append(truth)
+                inspected.map_defects.append(test.defect if test.label else None)
+        if on_progress is not None:
+            on_progress(len(inspected.rows), len(tests))
+    return inspected
+
+
+def _batches(tests: Sequence[LabelledImage]) -> Iterator[Sequence[LabelledImage]]:
+    for start in range(0, len(tests), IMAGES_PER_BATCH):
+        yield tests[start : start + IMAGES_PER_BATCH]
+
+
+def _truth(test: LabelledImage, image: np.ndarray) -> np.ndarray | None:
+    """Where the image is defective: nowhere if it is good, None if nobody has marked it."""
+    size = image.shape[:2]
+    if not test.label:
+        return np.zeros(size, dtype=bool)
+    if test.mask is None:
+        return None
+    mask = read_mask(test.mask)
+    if mask.shape != size:
+        raise InTraError(f"{test.mask} is {mask.shape[0]}x{mask.shape[1]} px, but its image {test.path} is "
+                         f"{size[0]}x{size[1]} px; a mask must have the size of its image")
+    return mask
+
+
+def _save_map(prediction: Prediction, test: LabelledImage, folder: Path, saved: set[Path]) -> None:
+    """Writes the raw map as folder/DEFECT/STEM.tiff, or NAME.tiff where two images share a stem."""
+    path = folder / test.defect / f"{test.path.stem}.tiff"
+    if path in saved:
+        path = path.with_name(f"{test.path.name}.tiff")
+    for number in itertools.count(2):
+        if path not in saved:
+            break
+        path = path.with_name(f"{test.path.name}-{number}.tiff")
+    saved.add(path)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(prediction.anomaly_map).save(buffer, format="TIFF")  # mode F: 32-bit float, not compressed
+    write_atomically(path, buffer.getvalue())
+
+
+def _figures(inspected: _Inspected, threshold: float) -> tuple[dict[str, Any], dict[str, str | None], Curves]:
+    """All metrics by their keys in results.json, why some are None, and the curves."""
+    scores = np.array([row["score"] for row in inspected.rows], dtype=np.float64)
+    labels = np.array([bool(row["label"]) for row in inspected.rows])
+    defects = np.array([row["defect"] for row in inspected.rows])
+    figures: dict[str, Any] = {
+        "image_auroc": metrics.auroc(scores, labels),
+        "image_ap": metrics.average_precision(scores, labels),
+        "image_f1_max": metrics.f1_max(scores, labels),
+    }
+    curve = metrics.pixel_curve(inspected.maps, inspected.masks)
+    figures |= _pixel_figures(curve)
+    figures["false_reject_rate"] = metrics.false_reject_rate(scores, labels, threshold)
+    figures["recall"] = metrics.recall(scores, labels, threshold)
+    reasons = {key: _no_pixel_metric(inspected, labels) if key.startswith("pixel") else metrics.missing_class(labels)
+               for key, value in figures.items() if value is None}
+
+    figures["per_defect"] = {}
+    for name in sorted(set(defects[labels].tolist())):
+        row = _defect_figures(name, inspected, scores, labels, defects == name, threshold)
+        figures["per_defect"][name] = row
+        reasons |= {f"per_defect.{name}.{key}": ("none of its images has a marked pixel" if key.startswith("pixel")
+                                                 else metrics.missing_class(labels))
+                    for key, value in row.items() if value is None}
+    return figures, reasons, Curves(
+        image_roc=metrics.roc_curve(scores, labels),
+        pixel_roc=None if curve is None else curve.roc_points(),
+        pro=None if curve is None else curve.pro_points(),
+    )
+
+
+def _defect_figures(
+    name: str, inspected: _Inspected, scores: metrics.Scores, labels: metrics.Labels, named: metrics.Labels,
+    threshold: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The metrics of one kind of defect against all good images."""
+    of_this = labels & named
+    subset = of_this | ~labels
+    own = [i for i, defect in enumerate(inspected.map_defects) if defect in (None, name)]
+    curve = metrics.pixel_curve([inspected.maps[i] for i in own], [inspected.masks[i] for i in own])
+    return {
+        "num": int(of_this.sum()),
+        "recall": metrics.recall(scores[subset], labels[subset], threshold),
+        "image_auroc": metrics.auroc(scores[subset], labels[subset]),
+        **_pixel_figures(curve),
+    }
+
+
+def _pixel_figures(curve: metrics.PixelCurve | None) -> dict[str, float | None]:
+    if curve is None:
+        return {"pixel_auroc": None, "pixel_ap": None, "pixel_aupro": None}
+    return {"pixel_auroc": curve.auroc(), "pixel_ap": curve.average_precision(), "pixel_aupro": curve.aupro()}
+
+
+def _no_pixel_metric(inspected: _Inspected, labels: metrics.Labels) -> str:
+    if not labels.any():
+        return "no anomalous test images"
+    if not any(defect is not None for defect in inspected.map_defects):
+        return f"none of the {int(labels.sum())} anomalous test images has a mask"
+    marked = any(mask.any() for mask in inspected.masks)
+    return "every pixel is marked as defective" if marked else "no pixel is marked as defective"
+
+
+def _not_trained_on(category: Category, detector: Detector) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """The test images, and the good ones among them whose very file was trained on: those test nothing."""
+    known = set(detector.info["provenance"].get("training_images", {}).values())
+    tests: list[LabelledImage] = []
+    left_out: list[LabelledImage] = []
+    for test in category.test:
+        seen = not test.label and hashlib.sha256(test.path.read_bytes()).hexdigest() in known
+        (left_out if seen else tests).append(test)
+    return tests, left_out
+
+
+def _notes(tests: Sequence[LabelledImage], left_out: Sequence[LabelledImage]) -> list[str]:
+    notes = []
+    if left_out:
+        note = f"{len(left_out)} good test images are left out: the model was trained on these very files."
+        if all(test.label for test in tests):
+            note += " To learn how many good parts it rejects, test it on good photos that it has not seen."
+        notes.append(note)
+    anomalous = [test for test in tests if test.label]
+    without = sum(test.mask is None for test in anomalous)
+    if 0 < without < len(anomalous):
+        notes.append(f"{without} of {len(anomalous)} anomalous images have no mask; the pixel figures leave them out.")
+    return notes
+
+
+def _num_train(detector: Detector) -> int:
+    provenance = detector.info["provenance"]
+    return int(provenance.get("num_train", len(provenance.get("training_images", {}))))
+
+
+def _model_record(detector: Detector) -> dict[str, Any]:
+    """What the model says of itself, without its list of training files."""
+    info = dict(detector.info)
+    info["provenance"] = {key: value for key, value in info["provenance"].items() if key != "training_images"}
+    return info
+
+
+def _provenance(detector: Detector) -> dict[str, Any]:
+    device = detector.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"intra": intra.__version__, "python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__},
+        "hardware": {"device": device.type, "device_name": name, "threads": torch.get_num_threads(),
+                     "system": f"{platform.system()} {platform.machine()}"},
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _peak_memory_mib() -> float | None:
+    """The most memory that this process has held so far; None where the system does not count it (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

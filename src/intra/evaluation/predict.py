@@ -1,0 +1,112 @@
+"""Verdicts on files: predictions.jsonl and, if wanted, pictures."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from intra.data.files import write_atomically
+from intra.data.folder import list_images
+from intra.data.images import read_image
+from intra.errors import InTraError
+from intra.evaluation.pictures import encode_png, heatmap_overlay, outline, to_rgb8
+from intra.inspection.detector import Detector, Prediction
+
+__all__ = ["FileVerdict", "predict_files"]
+
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class FileVerdict:
+    """What became of one file."""
+
+    path: Path
+    prediction: Prediction | None
+    error: str | None  # why it could not be inspected
+
+
+def predict_files(
+    detector: Detector,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    save_images: bool = False,
+    on_verdict: Callable[[FileVerdict, int, int], None] | None = None,
+) -> list[Path]:
+    """Inspects files and folders; returns the paths of the files that could not be read.
+
+    Writes a line of `out`/predictions.jsonl for each, as soon as it is known: path, score, is_anomalous, threshold,
+    defects; or path and error. With `save_images` also `out`/images/NAME_overlay.png, _outline.png, _repaired.png and
+    _mask.png. `on_verdict` is called with each verdict, how many are done, and how many
+    there are. Raises InTraError if there is no image.
+    """
+    out = Path(out)
+    files = _files(images)
+    names = _unique_names(files)
+    unreadable = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as record:
+            for done, (path, name) in enumerate(zip(files, names, strict=True), start=1):
+                verdict = _inspect(detector, path, out / "images" / name if save_images else None)
+                if verdict.error is not None:
+                    unreadable.append(path)
+                record.write(json.dumps(_line(verdict)) + "\n")
+                record.flush()
+                if on_verdict:
+                    on_verdict(verdict, done, len(files))
+    except OSError as error:
+        raise InTraError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+    return unreadable
+
+
+def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdict:
+    try:
+        image = read_image(path)
+        prediction = detector.predict(image)
+    except InTraError as error:
+        return FileVerdict(path, None, str(error))
+    if pictures is not None:
+        for kind, picture in (
+            ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
+            ("outline", outline(image, prediction.mask)),
+            ("repaired", to_rgb8(prediction.repaired)),
+            ("mask", prediction.mask.astype(np.uint8) * 255),
+        ):
+            write_atomically(pictures.with_name(f"{pictures.name}_{kind}.png"), encode_png(picture))
+    return FileVerdict(path, prediction, None)
+
+
+def _line(verdict: FileVerdict) -> dict[str, object]:
+    if verdict.prediction is None:
+        return {"path": str(verdict.path), "error": verdict.error}
+    found = verdict.prediction
+    return {"path": str(verdict.path), "score": found.score, "is_anomalous": found.is_anomalous,
+            "threshold": found.threshold, "defects": [asdict(defect) for defect in found.defects]}
+
+
+def _files(images: Sequence[str | Path]) -> list[Path]:
+    """The files that are meant, each once. Raises InTraError for one that is not there, or if there is none."""
+    found: dict[Path, None] = {}
+    for image in map(Path, images):
+        if not image.exists():
+            raise InTraError(f"{image} is not there; give image files or folders of them")
+        found.update(dict.fromkeys(list_images(image, recursive=True) if image.is_dir() else [image]))
+    if not found:
+        raise InTraError(f"no image in {', '.join(map(str, images))}; give image files or folders of them")
+    return list(found)
+
+
+def _unique_names(files: Sequence[Path]) -> list[str]:
+    """A name for each file's pictures: its stem, with its folder or a number where that is not unique."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for path in files:
+        choices = [path.stem, f"{path.parent.name}_{path.stem}", *(f"{path.stem}_{n}" for n in range(2, len(files) + 2))]
+        name = next(choice for choice in choices if choice not in taken)
+        taken.add(name)
+        names.append(name)
+    return names

@@ -30,7 +30,8 @@ DataArgument = Annotated[Path, typer.Argument(
     metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
                          "plain folder of photos of good parts.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `intra train` wrote, or a model file.")]
+RunArgument = Annotated[Path, typer.Argument(
+    metavar="RUN", help="The folder that `intra train` wrote, or a model file.")]
 NormalOption = Annotated[Path | None, typer.Option(
     metavar="DIR", help="Photos of good parts, where DATA is no category; below DATA or anywhere.")]
 AnomalousOption = Annotated[Path | None, typer.Option(
@@ -89,10 +90,11 @@ def check_data(
 
 
 @app.command(epilog="Example: `intra train photos/bottle --out runs/bottle --minutes 15`")
-def train(
+def train(  # noqa: PLR0913, PLR0917  the options of the command
     data: DataArgument,
     out: OutOption,
-    preset: Annotated[str | None, typer.Option(help="fast (default; minutes on a CPU) or paper (hours on a GPU).")] = None,
+    preset: Annotated[str | None, typer.Option(
+        help="fast (default; minutes on a CPU) or paper (hours on a GPU).")] = None,
     image_size: Annotated[str | None, typer.Option(metavar="auto|N|HxW", help="Height and width in px.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget: epochs.")] = None,
@@ -121,8 +123,9 @@ def train(
 
 @app.command(epilog="Example: `intra evaluate runs/bottle photos/bottle --out results/bottle`")
 def evaluate(
-    run: RunArgument, data: DataArgument, out: OutOption, normal: NormalOption = None, anomalous: AnomalousOption = None,
-    masks: MasksOption = None, device: DeviceOption = "auto", threshold: ThresholdOption = None,
+    run: RunArgument, data: DataArgument, out: OutOption, normal: NormalOption = None,
+    anomalous: AnomalousOption = None, masks: MasksOption = None, device: DeviceOption = "auto",
+    threshold: ThresholdOption = None,
     false_reject_rate: RateOption = None,
 ) -> None:  # fmt: skip
     """Measure a model on labelled photos: DIR/results.json, DIR/report.html and DIR/maps/."""
@@ -232,8 +235,8 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     with _training_bar(category.name) as show:
         run = train_category(category, folder, on_report=show, **options)
     state = "interrupted; --resume goes on" if run.interrupted else "trained"
-    console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best validation "
-                  f"loss {run.best_validation_loss:.5f}", highlight=False, markup=False)
+    console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
+                  f"validation loss {run.best_validation_loss:.5f}", highlight=False, markup=False)
     console.print(f"wrote {run.model_path}", highlight=False, markup=False, soft_wrap=True)
     return run.interrupted
 
@@ -288,8 +291,8 @@ def _bar(label: str, *, unit: str) -> "Iterator[Callable[..., None]]":
     """A progress bar; yields a function that takes how many are done, and if known how many there are."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                  TimeRemainingColumn(), transient=True) as progress:  # fmt: skip
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                  TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), transient=True) as progress:  # fmt: skip
         task = progress.add_task(label, total=None, rate="")
 
         def step(done: int, total: int | None = None) -> None:
@@ -305,8 +308,8 @@ def _training_bar(label: str) -> "Iterator[Callable[[Report], None]]":
     """A progress bar of training: loss, rate and time left."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
-                  transient=True) as progress:  # fmt: skip
+    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                  TextColumn("{task.fields[text]}"), transient=True) as progress:  # fmt: skip
         task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
 
         def show(report: "Report") -> None:

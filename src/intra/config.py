@@ -52,8 +52,8 @@ class ModelConfig:
         # MFSA's query and key heads are embed_dim / 16 wide for 8 heads: half of a value head (method.md)
         unit = 2 * self.num_heads if self.attention == "mfsa" else self.num_heads
         if self.num_heads >= 1 and self.embed_dim % unit:
-            found.append(f"model.embed_dim is {self.embed_dim}; with {self.num_heads} heads of {self.attention} it must "
-                         f"be a multiple of {unit}")
+            found.append(f"model.embed_dim is {self.embed_dim}; with {self.num_heads} heads of {self.attention} it "
+                         f"must be a multiple of {unit}")
         if min(self.grid) < 1:
             found.append(f"model.grid is {self.grid}; it needs at least one row and one column")
         if self.window_size is not None and not 1 <= self.window_size <= min(self.grid):
@@ -128,7 +128,7 @@ class TrainConfig:
 class ScoringConfig:
     """How an image and its repaired image become an anomaly map. The defaults are the paper's."""
 
-    lattice: int = 3  # d: every d-th patch of every d-th row is hidden at once (only where the window is the whole grid)
+    lattice: int = 3  # d: every d-th patch of every d-th row is hidden at once (where the window is the whole grid)
     scales: tuple[int, ...] = (2, 4)  # the images are reduced by these factors before their gradients are compared
     blur_size: int = 21  # px of the box filter over the map, odd; 1: none
     deviation: Literal["squared", "clipped", "signed", "none"] = "squared"  # of the map from good images' mean map
@@ -230,7 +230,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not match:  # a bare last part: `batch_size` for `train.batch_size`
-        match = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+        match = [k for k in known if k.split(".")[-1] == word.rsplit(".", maxsplit=1)[-1]][:1]
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
@@ -301,7 +301,7 @@ _FAST = Config(
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4200, patience=None, gradient_clip=1.0,
     ),
-    scoring=ScoringConfig(scales=(2, 4, 8), deviation="squared", reference="validation", precision="auto"),
+    scoring=ScoringConfig(scales=(2, 4, 8), spread=True, precision="auto"),  # docs/decisions/0003-spread.md
 )
 
 PRESETS: dict[str, Config] = {"paper": Config(), "fast": _FAST}

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["central_windows", "covering_windows", "flatten_patches", "lattice_hidden", "patchify", "random_windows", "unflatten_patches",
-           "unpatchify", "window_origins", "window_positions"]
+__all__ = ["central_windows", "covering_windows", "flatten_patches", "lattice_hidden", "patchify", "random_windows",
+           "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
 
 
 def flatten_patches(patches: Float[Tensor, "*b c k k"]) -> Float[Tensor, "*b p"]:

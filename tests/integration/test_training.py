@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 
 from intra.config import preset
@@ -18,9 +19,6 @@ from intra.data.folder import find_categories
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.training.run import Run, train
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 

@@ -104,13 +104,13 @@ def test_pictures_are_well_exposed():
         assert 60 < image.mean() < 160
 
 
-def test_the_gear_stays_in_place_while_the_fabric_has_no_fixed_phase():
+def test_both_lie_the_same_in_each_photo():
     def mean_contrast(category: str) -> float:
         pictures = np.stack([demo_photo(category, "train/good", i, size_px=64)[0].astype(float) for i in range(12)])
         return pictures.mean(axis=0).std() / pictures.std(axis=(1, 2, 3)).mean()
 
     assert mean_contrast("gear") > 0.8
-    assert mean_contrast("fabric") < 0.5
+    assert mean_contrast("fabric") > 0.6
 
 
 @pytest.mark.parametrize(("setting", "value"), [("size_px", 47), ("num_train", 0), ("num_test_good", 0),

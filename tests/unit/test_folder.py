@@ -321,10 +321,10 @@ WARNINGS: list[tuple[str, Callable[[Path], Path], str]] = [
 class TestCheckData:
     def test_a_faultless_category(self, tmp_path):
         steps = []
-        report = check_data(write_category(tmp_path / "a"), on_progress=lambda more, total: steps.append((more, total)))
+        report = check_data(write_category(tmp_path / "a"), on_progress=lambda *progress: steps.append(progress))
         assert report.problems == ()
         assert report.ok
-        assert steps == [(1, 20)] * 20  # 10 + 6 images and 4 masks
+        assert steps == [(done, 20) for done in range(1, 21)]  # 10 + 6 images and 4 masks
         summary = report.summaries["a"]
         assert (summary.sizes, summary.channels, summary.bit_depths) == ({SIZE: 16}, {3: 16}, {8: 16})
         assert summary.image_size == (224, 288)

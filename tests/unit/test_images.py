@@ -29,7 +29,6 @@ from intra.data.images import (
     read_info,
     read_mask,
     read_set,
-    save_png,
     to_unit,
 )
 from intra.errors import InTraError
@@ -482,11 +481,11 @@ class TestReadSet:
     def test_in_order_and_the_same_as_one_by_one(self, tmp_path):
         paths = [_saved(tmp_path / f"{i}.png", _noise(20 + i, 30, 3, seed=i)) for i in range(7)]
         steps = []
-        images = read_set(paths, size=(16, 16), channels=3, on_progress=lambda more, total: steps.append((more, total)))
+        images = read_set(paths, size=(16, 16), channels=3, on_progress=lambda *progress: steps.append(progress))
         assert images.dtype == torch.uint8
         for path, image in zip(paths, images, strict=True):
             assert torch.equal(image, prepare(read_image(path), size=(16, 16), channels=3))
-        assert steps == [(1, 7)] * 7
+        assert steps == [(done, 7) for done in range(1, 8)]
 
     @pytest.mark.parametrize("deep", [0, 1, 2])
     def test_one_16_bit_file_makes_the_set_float(self, tmp_path, deep):
@@ -552,10 +551,3 @@ def test_mask_is_true_where_any_channel_is_not_zero(tmp_path):
     mask[1, 2] = 0, 0, 1
     path = _saved(tmp_path / "a.png", mask)
     assert read_mask(path).tolist() == [[False, True, False], [False, False, True]]
-
-
-@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3)])
-def test_saved_png_is_read_back(tmp_path, shape):
-    pixels = _noise(*shape)
-    save_png(tmp_path / "new" / "ünï côde.png", pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "new" / "ünï côde.png").reshape(shape), pixels)

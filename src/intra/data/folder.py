@@ -60,7 +60,7 @@ def check_data(
 ) -> DataReport:
     """What DATA holds, and every unreadable, duplicate, odd or wrongly masked file in it. Decodes each file once.
 
-    `on_progress` gets how many more files are done, and how many there are. Raises as `find_categories` does.
+    `on_progress` gets how many files are done, and how many there are. Raises as `find_categories` does.
     """
     categories, problems = find_all(data, normal, anomalous, masks)
     paths = dict.fromkeys(path for category in categories for path in (

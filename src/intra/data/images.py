@@ -1,6 +1,5 @@
 """Image files and arrays → pixels of one size and one number of channels. decode.py says what each format becomes."""
 
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,14 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from intra.data.decode import IMAGE_SUFFIXES, UnreadableError, checked_unit, opened, pixels_of, reasons, shape_of
-from intra.data.files import write_atomically
 from intra.errors import InTraError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "convert_channels",
-           "in_threads", "prepare", "read_image", "read_info", "read_mask", "read_set", "save_png",
+           "in_threads", "prepare", "read_image", "read_info", "read_mask", "read_set",
            "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
@@ -73,16 +71,6 @@ def read_info(path: str | Path) -> ImageInfo:
     return ImageInfo(Path(path), (height, width), channels, bit_depth)
 
 
-def save_png(path: Path, pixels: UInt8[np.ndarray, "h w *c"]) -> None:
-    """Writes 8-bit pixels, (H, W) grey or (H, W, 3) RGB, as a PNG that is whole or not there.
-
-    Raises InTraError if the file cannot be written.
-    """
-    content = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(content, "PNG")
-    write_atomically(path, content.getvalue())
-
-
 def convert_channels(image: Shaped[np.ndarray, "h w c"], channels: int) -> Shaped[np.ndarray, "h w d"]:
     """The image with this many channels, in its own dtype: grey is repeated, RGB becomes luminance (ITU-R BT.601).
 
@@ -129,7 +117,7 @@ def read_set(
 ) -> Shaped[Tensor, "n c h w"]:
     """All images, each decoded once and prepared: uint8 if every file has 8 bits, else float32 in [0, 1].
 
-    `on_progress` gets how many more files are done, and how many there are. Only the reduced images are kept in
+    `on_progress` gets how many files are done, and how many there are. Only the reduced images are kept in
     memory. Raises one InTraError that names the unreadable files.
     """
     if not paths:
@@ -199,14 +187,14 @@ def in_threads(
 ) -> Iterator[_Result]:
     """The result of `work` for each item, in the order of the items, computed on all cores.
 
-    `on_progress` gets how many more items are done, and how many there are.
+    `on_progress` gets how many items are done, and how many there are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
-        for result in pool.map(work, items):
+        for done, result in enumerate(pool.map(work, items), start=1):
             yield result
             if on_progress is not None:
-                on_progress(1, len(items))
+                on_progress(done, len(items))
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:

@@ -105,7 +105,8 @@ def _unique_names(files: Sequence[Path]) -> list[str]:
     names: list[str] = []
     taken: set[str] = set()
     for path in files:
-        choices = [path.stem, f"{path.parent.name}_{path.stem}", *(f"{path.stem}_{n}" for n in range(2, len(files) + 2))]
+        choices = [path.stem, f"{path.parent.name}_{path.stem}"]
+        choices += [f"{path.stem}_{number}" for number in range(2, len(files) + 2)]
         name = next(choice for choice in choices if choice not in taken)
         taken.add(name)
         names.append(name)

@@ -26,7 +26,7 @@ from intra.geometry import patchify
 from intra.inspection.inpaint import inpaint
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from intra.training.loss import reconstruction_loss
-from intra.training.sampler import WindowSampler
+from intra.training.sampler import Batch, WindowSampler
 
 __all__ = ["Budget", "Fitted", "Report", "fit"]
 
@@ -70,7 +70,7 @@ class Fitted:
     interrupted: bool
 
 
-def fit(
+def fit(  # noqa: PLR0913  all but three by keyword
     model: nn.Module, sampler: WindowSampler, validation_images: Shaped[Tensor, "n c h w"], *, config: TrainConfig,
     model_config: ModelConfig, lattice: int, budget: Budget, fabric: Fabric, out: Path, identity: dict[str, Any],
     resume: bool = False, on_report: Callable[[Report], None] | None = None,
@@ -101,19 +101,10 @@ def fit(
             rate = _learning_rate(config, budget.spent(progress.step, progress.elapsed_s))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = sampler.batch(progress.step)
-            network.train()
-            with fabric.autocast():
-                inpainted = network(batch.patches, batch.positions, batch.hidden)
-            loss = reconstruction_loss(inpainted, batch.patches[batch.hidden], channels=model_config.channels,
-                                       gms_weight=config.gms_weight, ssim_weight=config.ssim_weight)
-            fabric.backward(loss)
-            if config.gradient_clip is not None:
-                fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = _step(network, optimizer, sampler.batch(progress.step), fabric=fabric, config=config,
+                         channels=model_config.channels)
             progress.step += 1
-            meter.add(loss.detach(), len(batch.patches))
+            meter.add(loss, sampler.batch_size)
             spent = budget.spent(progress.step, progress.elapsed_s)
             if on_report and meter.is_due():
                 on_report(meter.report(spent, progress.best_validation_loss))
@@ -133,6 +124,24 @@ def fit(
     log.close()
     model.load_state_dict(best)
     return Fitted(progress, interrupted)
+
+
+def _step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, fabric: Fabric, config: TrainConfig,
+    channels: int,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """One step of the optimiser; returns the loss before it, still on the device."""
+    network.train()
+    with fabric.autocast():
+        inpainted = network(batch.patches, batch.positions, batch.hidden)
+    loss = reconstruction_loss(inpainted, batch.patches[batch.hidden], channels=channels,
+                               gms_weight=config.gms_weight, ssim_weight=config.ssim_weight)
+    fabric.backward(loss)
+    if config.gradient_clip is not None:
+        fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import intra
-from intra.config import Config, ModelConfig, preset
+from intra.config import Config, preset
 from intra.data.folder import Category, find_categories, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
@@ -42,11 +42,11 @@ class Run:
     interrupted: bool  # by Ctrl-C or a signal; `resume` goes on
 
 
-def train(
+def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     data: str | Path | Category,
     out: str | Path,
     *,
-    preset: str | None = None,  # noqa: A002
+    preset: str | None = None,
     image_size: str | int | tuple[int, int] | None = None,
     minutes: float | None = None,
     epochs: int | None = None,
@@ -165,8 +165,8 @@ def _resumed(
     if wanted is not None:
         asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels))
         if asked != config:
-            raise InTraError(f"{out} was begun with other settings; resume without --preset, --image-size and --set, or "
-                             "train anew into another --out")
+            raise InTraError(f"{out} was begun with other settings; resume without --preset, --image-size and --set, "
+                             "or train anew into another --out")
     if seed not in (0, stored["seed"]):
         raise InTraError(f"{out} was begun with seed {stored['seed']}, not {seed}; resume without --seed")
     return config, int(stored["seed"])
@@ -183,7 +183,7 @@ def _fingerprints(category: Category) -> dict[str, str]:
 
 
 def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images train and which validate: a share, but at least 3 (or a third) to calibrate on, at most a number."""
+    """Which images train and which validate: a share, but at least 3 (or a third) to calibrate on."""
     share = round(count * config.data.validation_fraction)
     num_validation = min(max(share, min(3, count // 3), 1), config.data.max_validation_images)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

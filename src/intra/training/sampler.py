@@ -16,7 +16,7 @@ from intra.geometry import patchify, random_windows, window_positions
 __all__ = ["IDENTITY", "Batch", "Symmetry", "WindowSampler", "allowed_symmetries"]
 
 # "auto": a mean image counts as its own mirror image if they correlate by at least 0.99, or if they differ by no more
-# than a tenth of what good images vary among themselves (a texture has a nearly flat mean, which correlates with nothing)
+# than a tenth of what good images vary among themselves (a texture's mean is nearly flat and correlates with nothing)
 MIRROR_CORRELATION = 0.99
 MIRROR_VARIANCE_SHARE = 0.1
 

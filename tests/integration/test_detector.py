@@ -1,0 +1,186 @@
+"""The detector: one by one as in a batch, at the input's own size, the same after a trip through its file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from intra.errors import InTraError
+from intra.inspection.detector import FORMAT_VERSION, Detector
+
+
+@pytest.fixture(scope="module")
+def detector(run) -> Detector:
+    return Detector.load(run.path)
+
+
+@pytest.fixture(scope="module")
+def tests(photos) -> list[Path]:
+    return sorted((photos / "gear" / "test").rglob("*.png"))
+
+
+def equal(one, other) -> bool:
+    return (
+        one.score == pytest.approx(other.score, rel=1e-4)
+        and one.is_anomalous == other.is_anomalous
+        and np.allclose(one.anomaly_map, other.anomaly_map, rtol=1e-3, atol=1e-5)
+        and np.abs(one.repaired.astype(int) - other.repaired.astype(int)).max() <= 1
+    )
+
+
+def test_batched_is_one_by_one(detector, tests):
+    together = detector.predict_batch(tests)
+    assert len(together) == len(tests) > 8  # more than one batch
+    for path, prediction in zip(tests, together, strict=True):
+        assert equal(detector.predict(path), prediction)
+
+
+def test_path_pil_and_array_are_the_same(detector, tests):
+    expected = detector.predict(tests[0])
+    picture = PIL.Image.open(tests[0])
+    for image in (str(tests[0]), picture, np.asarray(picture)):
+        assert equal(detector.predict(image), expected)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(height=st.integers(1, 150), width=st.integers(1, 150), kind=st.sampled_from(["grey", "rgb", "uint16", "float"]))
+def test_everything_comes_back_at_the_inputs_own_size(detector, height, width, kind):
+    rng = np.random.default_rng(0)
+    shape = (height, width) if kind == "grey" else (height, width, 3)
+    image = {"uint16": rng.integers(0, 65535, shape).astype(np.uint16), "float": rng.random(shape, np.float32)}.get(
+        kind, rng.integers(0, 255, shape).astype(np.uint8))
+    prediction = detector.predict(image)
+    assert prediction.anomaly_map.shape == prediction.mask.shape == (height, width)
+    assert prediction.anomaly_map.dtype == np.float32
+    assert prediction.mask.dtype == bool
+    assert prediction.repaired.shape == (height, width, 3)  # the channels of the model
+    assert prediction.repaired.dtype == image.dtype
+    assert np.isfinite(prediction.anomaly_map).all()
+    assert prediction.is_anomalous == (prediction.score > prediction.threshold)
+    assert prediction.is_anomalous == bool(prediction.mask.any()) == bool(prediction.defects)
+
+
+def test_defects_are_the_regions_of_the_mask(detector, tests):
+    prediction = next(p for p in detector.predict_batch(tests) if p.is_anomalous)
+    assert sum(defect.area_px for defect in prediction.defects) == prediction.mask.sum()
+    for defect in prediction.defects:
+        box = (slice(defect.top, defect.top + defect.height), slice(defect.left, defect.left + defect.width))
+        assert prediction.mask[box].any(0).all() or prediction.mask[box].any(1).all()
+        assert prediction.anomaly_map[box].max() >= defect.score
+    assert [d.score for d in prediction.defects] == sorted((d.score for d in prediction.defects), reverse=True)
+
+
+def test_it_tells_defective_from_good(detector, tests):
+    scores = {path: p.score for path, p in zip(tests, detector.predict_batch(tests), strict=True)}
+    good = [score for path, score in scores.items() if path.parent.name == "good"]
+    missing = [score for path, score in scores.items() if path.parent.name == "contamination"]
+    assert np.median(missing) > np.median(good)
+
+
+def test_the_same_after_a_trip_through_its_file(detector, tests, tmp_path):
+    detector.save(tmp_path / "copy.safetensors")
+    copy = Detector.load(tmp_path / "copy.safetensors")
+    assert copy.info == detector.info
+    assert copy.predict(tests[0]).score == detector.predict(tests[0]).score
+    detector.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "copy.safetensors").read_bytes()
+
+
+def test_the_threshold_can_be_moved(run, detector):
+    scores = sorted(detector.held_out_scores)
+    assert Detector.load(run.path, threshold=0.5).threshold == 0.5
+    strict = Detector.load(run.path, false_reject_rate=0.5)
+    assert strict.threshold <= scores[-1]
+    assert strict.calibration.false_reject_rate <= 0.5
+    with pytest.raises(InTraError, match="not both"):
+        Detector.load(run.path, threshold=1.0, false_reject_rate=0.1)
+
+
+def damage(path: Path, target: Path, kind: str) -> None:
+    """A copy of a model file with something wrong with it."""
+    content = bytearray(path.read_bytes())
+    if kind == "truncated":
+        content = content[: len(content) // 2]
+    elif kind == "flipped":
+        content[-1000] ^= 0xFF
+    elif kind == "noise":
+        content = bytearray(b"not a model at all" * 50)
+    elif kind == "empty":
+        content = bytearray()
+    target.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "noise", "empty"])
+def test_a_damaged_file_is_refused_by_name(run, tmp_path, kind):
+    damage(run.model_path, tmp_path / "model.safetensors", kind)
+    with pytest.raises(InTraError, match=r"model\.safetensors is damaged"):
+        Detector.load(tmp_path)
+
+
+def rewritten(path: Path, target: Path, **changes: object) -> None:
+    with safe_open(path, framework="pt") as opened:
+        envelope = json.loads(opened.metadata()["intra"])
+    save_file(load_file(path), target, metadata={"intra": json.dumps(envelope | changes)})
+
+
+def test_foreign_newer_and_missing_files_are_refused_by_name(run, tmp_path):
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(InTraError, match="no model at"):
+        Detector.load(tmp_path)
+    save_file({"weight": torch.zeros(3)}, file)
+    with pytest.raises(InTraError, match="no model of intra"):
+        Detector.load(file)
+    rewritten(run.model_path, file, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(InTraError, match=f"format version {FORMAT_VERSION + 1}"):
+        Detector.load(file)
+    rewritten(run.model_path, file, header="{}")
+    with pytest.raises(InTraError, match="damaged"):
+        Detector.load(file)
+
+
+def test_wrong_images_are_refused(detector, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for wrong, match in (
+        (tmp_path / "none.png", r"none\.png"),
+        (tmp_path / "text.png", r"text\.png"),
+        (np.zeros((4, 4, 7), np.uint8), "channels"),
+        (np.full((4, 4), np.nan, np.float32), "expected|finite|nan"),
+        (np.zeros((2, 2, 2, 2), np.uint8), "shape"),
+    ):
+        with pytest.raises(InTraError, match=match):
+            detector.predict(wrong)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_hidden_defect_does_not_change_its_own_repair(detector, seed):
+    """What the patch shows has no influence on what is inpainted in its place, through the whole detector."""
+    image = (np.random.default_rng(seed).random((64, 64, 3)) * 255).astype(np.uint8)
+    changed = image.copy()
+    changed[24:32, 24:32] = 255
+    before, after = (detector.predict(x).repaired[24:32, 24:32] for x in (image, changed))
+    assert np.array_equal(before, after)
+
+
+def test_grey_and_many_channels_can_be_learnt(tmp_path):
+    from conftest import TINY
+
+    from intra.training.run import train
+
+    rng = np.random.default_rng(0)
+    for name, pages in (("grey", 1), ("five", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(12):
+            frames = [PIL.Image.fromarray((rng.random((40, 48)) * 65535).astype(np.uint16)) for _ in range(pages)]
+            frames[0].save(folder / f"{number}.tiff", save_all=True, append_images=frames[1:])
+        run = train(folder, tmp_path / f"{name}_run", steps=2, image_size="40x48", settings=TINY)
+        prediction = Detector.load(run.path).predict(folder / "0.tiff")
+        assert prediction.repaired.shape == ((40, 48) if pages == 1 else (40, 48, 5))
+        assert prediction.repaired.dtype == np.uint16

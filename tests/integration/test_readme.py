@@ -1,0 +1,88 @@
+"""Every command of the README runs. Budgets shrink and photos are small; all else is as it stands there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = " ".join(["--steps 3 --image-size 64", *(f"--set {key}={value}" for key, value in TINY.items())])
+HANDLED = ("make ", "source ", "intra ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_is_of_a_kind_that_is_run_here():
+    assert len(COMMANDS) == 7
+    assert all(line.startswith(HANDLED) for line in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def desk(photos, tmp_path_factory) -> Path:
+    """A folder as the README's reader has it."""
+    desk = tmp_path_factory.mktemp("desk")
+    shutil.copytree(photos / "gear", desk / "photos" / "bottle")
+    shutil.copytree(photos / "gear" / "test" / "dent", desk / "new_photos")
+    return desk
+
+
+def run(command: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_for_ones_own_photos(desk):
+    for command in COMMANDS:
+        if command.startswith("intra "):
+            run(command.replace("--minutes 15", SHORT), desk)
+    assert (desk / "results/bottle/report.html").exists()
+    assert (desk / "verdicts/predictions.jsonl").exists()
+    assert list((desk / "verdicts/images").glob("*_repaired.png"))
+
+
+def test_the_python_lines(desk):
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    short = f"steps=3, image_size=64, settings={TINY!r}"
+    (desk / "lines.py").write_text(code.replace("minutes=10", short))
+    said = run(f"{sys.executable} lines.py", desk)
+    assert re.match(r"[\d.e-]+ [\d.e-]+ (True|False)", said)
+
+
+def test_make_demo_runs_what_is_tested_here(tmp_path):
+    """`make demo` on a machine that has everything is this one command; here with three steps."""
+    said = subprocess.run(["make", "--dry-run", "--always-make", "demo"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout
+    command = said.strip().splitlines()[-1].replace(".venv/bin/", "")
+    assert command == "intra demo --out demo"
+    said = run(f"{command} --steps 3", tmp_path)
+    assert "fabric" in said
+    assert "gear" in said
+    for category in ("fabric", "gear"):
+        report = tmp_path / "demo" / "results" / category / "report.html"
+        assert report.stat().st_size > 100_000
+        assert re.search(rf"report:\s+{re.escape(str(report.relative_to(tmp_path)))}", said)
+
+
+def test_make_test_runs_pytest():
+    said = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.strip().splitlines()[-1].endswith("-m pytest")
+
+
+def test_pictures_and_links_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -91,7 +91,8 @@ class TrainConfig:
 
     windows_per_image: int = 600  # windows of each training image in an epoch
     batch_size: int = 256  # windows a step
-    hidden_fraction: float | None = None  # share of a window's patches that are hidden; None: exactly one patch
+    # least and largest share of a window's patches that are hidden, drawn for each; None: exactly one patch
+    hidden_fraction: tuple[float, float] | None = None
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
@@ -110,8 +111,9 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
         found = _below(self, 1, "windows_per_image", "batch_size", "max_epochs", "max_steps", "patience")
-        if self.hidden_fraction is not None and not 0 < self.hidden_fraction < 1:
-            found.append(f"train.hidden_fraction is {self.hidden_fraction}; it must lie between 0 and 1, or be none")
+        if self.hidden_fraction is not None and not 0 < self.hidden_fraction[0] <= self.hidden_fraction[1] < 1:
+            found.append(f"train.hidden_fraction is {self.hidden_fraction}; it must be two shares between 0 and 1, the "
+                         "smaller one first, such as 0.05,0.25, or none")
         if not 0 < self.learning_rate < 1:
             found.append(f"train.learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 0 <= self.warmup_fraction < 1:
@@ -264,7 +266,8 @@ def _parse_one(text: str, option: Any) -> Any:
         if text.lower() in ("true", "on", "yes", "1", "false", "off", "no", "0"):
             return text.lower() in ("true", "on", "yes", "1")
     elif origin is tuple:
-        numbers = tuple(int(part) for part in text.strip("()[]").replace("x", ",").split(",") if part.strip())
+        parts = [part for part in text.strip("()[]").replace("x", ",").split(",") if part.strip()]
+        numbers = tuple(args[0](part) for part in parts)
         if Ellipsis in args or len(numbers) == len(args):
             return numbers
     elif option in (int, float, str):
@@ -282,22 +285,24 @@ def _words(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             words.extend(str(arg) for arg in typing.get_args(option))
         elif typing.get_origin(option) is tuple:
-            words.append("whole numbers such as 2,4,8" if Ellipsis in typing.get_args(option) else "HxW")
+            args = typing.get_args(option)
+            words.append("whole numbers such as 2,4,8" if Ellipsis in args else "HxW" if args[0] is int else
+                         "two numbers such as 0.05,0.25")
         else:
             words.append({int: "a whole number", float: "a number", bool: "on or off", type(None): "none"}.get(
                 option, "text"))
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-# The lattice variant: the whole grid is one window, a quarter of its patches is hidden at once and each is read out
-# from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md
+# The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is
+# read out from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md
 _FAST = Config(
     preset="fast",
     model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token"),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(
-        windows_per_image=8, batch_size=8, hidden_fraction=0.25, optimizer="adamw", learning_rate=1e-3,
+        windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4200, patience=None, gradient_clip=1.0,
     ),

@@ -102,13 +102,17 @@ def covering_windows(
 
 
 def random_windows(
-    count: int, *, grid: tuple[int, int], window_shape: tuple[int, int], num_hidden: int, generator: torch.Generator
-) -> tuple[Int[Tensor, "count 2"], Bool[Tensor, "count t"]]:
-    """Windows at uniform places, each with `num_hidden` of its patches hidden at random: origins and hidden."""
+    count: int, *, grid: tuple[int, int], window_shape: tuple[int, int], num_hidden: tuple[int, int],
+    generator: torch.Generator,
+) -> tuple[Int[Tensor, "count 2"], Bool[Tensor, "count t"]]:  # fmt: skip
+    """Windows at uniform places, each with a random number of its patches hidden at random, `num_hidden` the least and
+    the largest: origins and hidden.
+    """
     room = torch.tensor([grid[0] - window_shape[0] + 1, grid[1] - window_shape[1] + 1])
     origins = (torch.rand(count, 2, generator=generator) * room).long()
     order = torch.rand(count, window_shape[0] * window_shape[1], generator=generator).argsort(1)
-    return origins, order < num_hidden
+    least, most = num_hidden
+    return origins, order < torch.randint(least, most + 1, (count, 1), generator=generator)
 
 
 def _window_offsets(grid: tuple[int, int], window_shape: tuple[int, int]) -> Int[Tensor, " t"]:

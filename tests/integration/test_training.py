@@ -18,6 +18,7 @@ from intra.config import preset
 from intra.data.folder import find_categories
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
+from intra.training import engine
 from intra.training.run import Run, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -160,11 +161,19 @@ def test_patience_ends_training(photos, tmp_path):
     assert stopped.num_steps < 200
 
 
-def test_a_loss_that_is_no_number_stops_training(photos, tmp_path):
-    settings = TINY | {"train.learning_rate": "0.9", "train.optimizer": "adam", "train.gradient_clip": "none",
-                       "train.gms_weight": "1e38", "train.ssim_weight": "1e38"}
-    with pytest.raises(InTraError, match="no longer a number at step"):
-        train(photos / "gear", tmp_path, steps=60, image_size=64, settings=settings)
+def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("intra.training.engine.CHECKPOINT_EVERY_S", 0.0)
+    original, calls = engine.reconstruction_loss, []
+
+    def fails_at_12(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(calls) == 12 else 1.0)
+
+    with monkeypatch.context() as patch, pytest.raises(InTraError, match="no longer a number at step 12"):
+        patch.setattr(engine, "reconstruction_loss", fails_at_12)
+        train(photos / "gear", tmp_path, steps=60, image_size=64, settings=TINY)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert train(photos / "gear", tmp_path, steps=15, resume=True).best_validation_loss < 1
 
 
 def test_mistakes_are_named(photos, tmp_path):

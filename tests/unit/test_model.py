@@ -33,8 +33,8 @@ def make(config: ModelConfig, seed: int = 0) -> InTra:
 
 def windows(config: ModelConfig, count: int = 4, num_hidden: int = 1, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    origins, hidden = random_windows(count, grid=config.grid, window_shape=config.window_shape, num_hidden=num_hidden,
-                                     generator=generator)
+    origins, hidden = random_windows(count, grid=config.grid, window_shape=config.window_shape,
+                                     num_hidden=(num_hidden, num_hidden), generator=generator)
     patches = torch.rand(*hidden.shape, config.channels * config.patch_size**2, generator=generator)
     return patches, window_positions(origins, config.grid, config.window_shape), hidden
 

@@ -14,7 +14,7 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def sampler(images: torch.Tensor, **changes) -> WindowSampler:
-    settings = {"patch_size": 4, "window_shape": (3, 3), "num_hidden": 1, "windows_per_image": 6, "batch_size": 8,
+    settings = {"patch_size": 4, "window_shape": (3, 3), "num_hidden": (1, 1), "windows_per_image": 6, "batch_size": 8,
                 "symmetries": (IDENTITY,), "seed": 0}
     return WindowSampler(images, **(settings | changes))
 

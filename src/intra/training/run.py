@@ -1,6 +1,7 @@
 """From a folder of good images to a model file: decode, fit, calibrate, save."""
 
 import hashlib
+import logging
 import math
 import platform
 from collections.abc import Callable, Mapping
@@ -193,9 +194,9 @@ def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:
 def _sampler(training: Shaped[Tensor, "n c h w"], config: Config, seed: int) -> WindowSampler:
     num_patches = config.model.window_shape[0] * config.model.window_shape[1]
     share = config.train.hidden_fraction
-    num_hidden = 1 if share is None else min(max(1, round(num_patches * share)), num_patches)
+    least, most = (1, 1) if share is None else (max(1, round(num_patches * part)) for part in share)
     return WindowSampler(
-        training, patch_size=config.model.patch_size, window_shape=config.model.window_shape, num_hidden=num_hidden,
+        training, patch_size=config.model.patch_size, window_shape=config.model.window_shape, num_hidden=(least, most),
         windows_per_image=config.train.windows_per_image, batch_size=config.train.batch_size, seed=seed,
         symmetries=allowed_symmetries(training, flips=config.train.flips, turns=config.train.turns),
     )  # fmt: skip
@@ -224,6 +225,7 @@ def _budget(
 
 
 def _fabric(device: torch.device, config: Config) -> Fabric:
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision
     bf16 = uses_bf16(device, config.train.precision)
     return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1,
                   precision="bf16-mixed" if bf16 else "32-true")

@@ -86,13 +86,14 @@ class WindowSampler:
 
     Args:
         images: the decoded set on the device, uint8 or float in [0, 1]; it is not copied.
-        num_hidden: hidden patches of each window.
+        num_hidden: the least and the largest number of hidden patches of a window.
         symmetries: one is drawn for each window.
     """
 
     def __init__(
-        self, images: Shaped[Tensor, "n c h w"], *, patch_size: int, window_shape: tuple[int, int], num_hidden: int,
-        windows_per_image: int, batch_size: int, symmetries: tuple[Symmetry, ...], seed: int,
+        self, images: Shaped[Tensor, "n c h w"], *, patch_size: int, window_shape: tuple[int, int],
+        num_hidden: tuple[int, int], windows_per_image: int, batch_size: int, symmetries: tuple[Symmetry, ...],
+        seed: int,
     ) -> None:  # fmt: skip
         self.images = images
         self.patch_size = patch_size

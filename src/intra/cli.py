@@ -107,9 +107,11 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     normal: NormalOption = None,
 ) -> None:  # fmt: skip
     """Learn what good parts look like. Ctrl-C ends it early with a usable model; --resume goes on."""
-    from intra.data.folder import find_categories
+    from intra.data.folder import find_categories, require_enough
 
     categories = find_categories(data, normal=normal)
+    for category in categories:  # before hours are spent on the first
+        require_enough(category)
     interrupted = False
     for category in categories:
         folder = out / category.name if len(categories) > 1 else out
@@ -166,7 +168,7 @@ def predict(
             nonlocal num_anomalous
             step(done, total)
             if verdict.prediction is None:
-                console.print(f"unreadable  {verdict.error}", style="yellow", markup=False, soft_wrap=True)
+                console.print(f"not inspected  {verdict.error}", style="yellow", markup=False, soft_wrap=True)
             elif verdict.prediction.is_anomalous:
                 num_anomalous += 1
                 console.print(f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}", style="red", markup=False,
@@ -180,8 +182,8 @@ def predict(
                   highlight=False, markup=False)
     console.print(f"wrote {out / 'predictions.jsonl'}", highlight=False, markup=False, soft_wrap=True)
     if unreadable:
-        raise InTraError(f"{len(unreadable)} of the files could not be read, e.g. {unreadable[0]}; all are named in "
-                         f"{out / 'predictions.jsonl'}")
+        raise InTraError(f"{len(unreadable)} of the files could not be inspected, e.g. {unreadable[0]}; all are named "
+                         f"in {out / 'predictions.jsonl'}")
 
 
 @app.command(epilog="Example: `intra demo --out demo`")
@@ -232,8 +234,8 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     from intra.training.run import train as train_category
 
     console = _console()
-    with _training_bar(category.name) as show:
-        run = train_category(category, folder, on_report=show, **options)
+    with _training_bar(category.name) as (show, show_calibration):
+        run = train_category(category, folder, on_report=show, on_calibration=show_calibration, **options)
     state = "interrupted; --resume goes on" if run.interrupted else "trained"
     console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
                   f"validation loss {run.best_validation_loss:.5f}", highlight=False, markup=False)
@@ -277,7 +279,8 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a file or a pipe has no width to break lines at
 
 
 def _say_error(message: str) -> None:
@@ -304,8 +307,8 @@ def _bar(label: str, *, unit: str) -> "Iterator[Callable[..., None]]":
 
 
 @contextmanager
-def _training_bar(label: str) -> "Iterator[Callable[[Report], None]]":
-    """A progress bar of training: loss, rate and time left."""
+def _training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callable[[int, int], None]]]":
+    """A progress bar of training: loss, rate and time left; yields what shows training and what shows calibration."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -318,7 +321,10 @@ def _training_bar(label: str) -> "Iterator[Callable[[Report], None]]":
                 f"step {report.step}  loss {report.train_loss:.4f}  best validation {report.validation_loss:.4f}  "
                 f"{report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
 
-        yield show
+        def show_calibration(done: int, total: int) -> None:
+            progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
+
+        yield show, show_calibration
 
 
 if __name__ == "__main__":

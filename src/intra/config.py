@@ -6,15 +6,19 @@ each is. Below `models.build` nobody sees a whole config: settings go into funct
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from intra.errors import InTraError
 
 __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "nearest", "preset"]
+
+FROM_THE_DATA = {("model", "grid"), ("model", "channels")}  # not set by hand: --image-size and data.channels decide
+LEAST_SIDE = 3  # px of a reduced image: fewer hold no gradient
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,17 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
-        found = _below(self, 1, "channels", "patch_size", "embed_dim", "depth", "num_heads")
-        if self.mlp_ratio <= 0:
-            found.append(f"model.mlp_ratio is {self.mlp_ratio}; it must be above 0")
+        found = _outside(self, 1, 1024, "channels", "patch_size", "num_heads", "depth")
+        found += _outside(self, 1, 2**14, "embed_dim")
+        if not 0 < self.mlp_ratio <= 64:
+            found.append(f"model.mlp_ratio is {self.mlp_ratio}; it must lie between 0 and 64")
         # MFSA's query and key heads are embed_dim / 16 wide for 8 heads: half of a value head (method.md)
         unit = 2 * self.num_heads if self.attention == "mfsa" else self.num_heads
         if self.num_heads >= 1 and self.embed_dim % unit:
             found.append(f"model.embed_dim is {self.embed_dim}; with {self.num_heads} heads of {self.attention} it "
                          f"must be a multiple of {unit}")
-        if min(self.grid) < 1:
-            found.append(f"model.grid is {self.grid}; it needs at least one row and one column")
-        if self.window_size is not None and not 1 <= self.window_size <= min(self.grid):
-            found.append(
-                f"model.window_size is {self.window_size} patches, but the grid has {self.grid[0]}x{self.grid[1]}; "
-                f"choose a window of 1 to {min(self.grid)}, or a larger --image-size"
-            )
+        if self.window_size is not None and self.window_size < 1:
+            found.append(f"model.window_size is {self.window_size}; it must be at least 1 patch, or none")
         return found
 
 
@@ -75,11 +75,11 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
-        found = _below(self, 1, "max_validation_images")
+        found = _outside(self, 1, 10**6, "max_validation_images")
         if not 0 < self.validation_fraction < 1:
             found.append(f"data.validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
-        if self.channels != "auto" and self.channels < 1:
-            found.append(f"data.channels is {self.channels}; it must be auto or at least 1")
+        if self.channels != "auto":
+            found += _outside(self, 1, 1024, "channels")
         if self.image_size != "auto" and min(self.image_size) < 1:
             found.append(f"data.image_size is {self.image_size}; both sides must be at least 1 px")
         return found
@@ -110,7 +110,8 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
-        found = _below(self, 1, "windows_per_image", "batch_size", "max_epochs", "max_steps", "patience")
+        found = _outside(self, 1, 10**5, "windows_per_image", "batch_size")
+        found += _outside(self, 1, 10**9, "max_epochs", "max_steps", "patience")
         if self.hidden_fraction is not None and not 0 < self.hidden_fraction[0] <= self.hidden_fraction[1] < 1:
             found.append(f"train.hidden_fraction is {self.hidden_fraction}; it must be two shares between 0 and 1, the "
                          "smaller one first, such as 0.05,0.25, or none")
@@ -135,13 +136,16 @@ class ScoringConfig:
     blur_size: int = 21  # px of the box filter over the map, odd; 1: none
     deviation: Literal["squared", "clipped", "signed", "none"] = "squared"  # of the map from good images' mean map
     reference: Literal["training", "validation"] = "training"  # the good images whose maps are averaged
+    max_reference_images: int | None = None  # training images for the reference, evenly spaced; None: all of them
     spread: bool = False  # divide by the good images' standard deviation at each place
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
-        found = _below(self, 1, "lattice", "blur_size")
+        found = _outside(self, 1, 1024, "lattice")
+        found += _outside(self, 1, 1023, "blur_size")
+        found += _outside(self, 2, 10**9, "max_reference_images")
         if self.blur_size % 2 == 0:
             found.append(f"scoring.blur_size is {self.blur_size}; a box filter needs an odd side")
         if not self.scales or min(self.scales) < 1:
@@ -173,13 +177,31 @@ class Config:
         if found:
             raise InTraError("; ".join(found))
 
+    def check_grid(self) -> None:
+        """Raises InTraError where the window or the scales do not fit the image, once its size is known."""
+        rows, cols = self.model.grid
+        window, scale = self.model.window_size, max(self.scoring.scales)
+        found = []
+        if not 1 <= min(rows, cols) <= max(rows, cols) <= 1024:
+            found.append(f"the grid is {rows}x{cols} patches; expected 1 to 1024 on each side; choose another "
+                         "--image-size or model.patch_size")
+        if window is not None and window > min(rows, cols):
+            found.append(f"model.window_size is {window} patches, but the grid has {rows}x{cols}; choose a window of "
+                         f"1 to {min(rows, cols)}, or a larger --image-size")
+        if min(self.model.image_size) // scale < LEAST_SIDE:
+            height, width = self.model.image_size
+            found.append(f"scoring.scales={scale} leaves less than {LEAST_SIDE} px of an image of {height}x{width} px; "
+                         "choose smaller scales, or a larger --image-size")
+        if found:
+            raise InTraError("; ".join(found))
+
     def with_settings(self, settings: Mapping[str, str]) -> "Config":
         """These settings with some replaced by text, `{"train.batch_size": "16"}`.
 
         Raises InTraError that names every wrong key (with its nearest match) and every wrong value at once.
         """
         known = {f"{part.name}.{f.name}": (part.name, f.name) for part in fields(self) if part.name != "preset"
-                 for f in fields(getattr(self, part.name))}
+                 for f in fields(getattr(self, part.name)) if (part.name, f.name) not in FROM_THE_DATA}
         changed: dict[str, dict[str, Any]] = {}
         found: list[str] = []
         for key, text in settings.items():
@@ -189,7 +211,7 @@ class Config:
             part, name = known[key]
             try:
                 hint = typing.get_type_hints(type(getattr(self, part)))[name]
-                changed.setdefault(part, {})[name] = _parse(text, hint)
+                changed.setdefault(part, {})[name] = _parse(str(text), hint)
             except ValueError:
                 found.append(f"{key}={text!r} is not {_words(hint)}")
         if found:
@@ -203,8 +225,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """The inverse of `to_dict`, also after a trip through JSON. Raises InTraError on unknown names."""
-        parts: dict[str, Any] = {"preset": values.get("preset", "")}
+        """The inverse of `to_dict`, also after a trip through JSON.
+
+        Raises InTraError on unknown names and wrong types.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(values.get(name, {}), Mapping) for name in (
+                "model", "data", "train", "scoring")):
+            raise InTraError("the settings are no table of tables")
+        parts: dict[str, Any] = {"preset": str(values.get("preset", ""))}
         kinds: dict[str, Any] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig,
                                  "scoring": ScoringConfig}
         for name, part in kinds.items():
@@ -212,7 +240,12 @@ class Config:
             unknown = set(given) - {f.name for f in fields(part)}
             if unknown:
                 raise InTraError(f"unknown settings in {name}: {', '.join(sorted(unknown))}")
-            parts[name] = part(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+            hints = typing.get_type_hints(part)
+            wrong = [f"{name}.{key}={value!r}" for key, value in plain.items() if not _fits(value, hints[key])]
+            if wrong:
+                raise InTraError(f"settings of a wrong type: {', '.join(wrong)}")
+            parts[name] = part(**plain)
         return cls(**parts)
 
 
@@ -236,17 +269,41 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _below(settings: Any, least: int, *names: str) -> list[str]:
-    """A sentence for each named setting that is smaller than `least`; None is not checked."""
+def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
+    """A sentence for each named setting that is not in this range; None is not checked."""
     part = type(settings).__name__.removesuffix("Config").lower()
-    return [f"{part}.{name} is {getattr(settings, name)}; it must be at least {least}" for name in names
-            if getattr(settings, name) is not None and getattr(settings, name) < least]
+    return [f"{part}.{name} is {getattr(settings, name)}; it must be {least} to {most}" for name in names
+            if getattr(settings, name) is not None and not least <= getattr(settings, name) <= most]
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a setting; numbers are finite."""
+    for option in _options(hint):
+        origin, args = typing.get_origin(option), typing.get_args(option)
+        if origin is Literal:
+            fits = isinstance(value, str) and value in args
+        elif origin is tuple:
+            fits = isinstance(value, tuple) and all(_fits(part, args[0]) for part in value) and (
+                Ellipsis in args or len(value) == len(args))
+        elif option is float:
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        elif option is int:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            fits = isinstance(value, option)
+        if fits:
+            return True
+    return False
 
 
 def _parse(text: str, hint: Any) -> Any:
     """The value that a text means for a type such as `int | None` or `tuple[int, ...]`. Raises ValueError."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    for option in options:
+    for option in _options(hint):
         try:
             return _parse_one(text.strip(), option)
         except ValueError:
@@ -270,18 +327,17 @@ def _parse_one(text: str, option: Any) -> Any:
         numbers = tuple(args[0](part) for part in parts)
         if Ellipsis in args or len(numbers) == len(args):
             return numbers
-    elif option in (int, float, str):
-        return option(text)
+    elif option in (int, float):
+        number = option(text)
+        if math.isfinite(number):
+            return number
     raise ValueError(text)
 
 
 def _words(hint: Any) -> str:
     """A type in the words of the command line."""
-    options: Sequence[Any] = (
-        typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    )
     words: list[str] = []
-    for option in options:
+    for option in _options(hint):
         if typing.get_origin(option) is Literal:
             words.extend(str(arg) for arg in typing.get_args(option))
         elif typing.get_origin(option) is tuple:
@@ -306,7 +362,8 @@ _FAST = Config(
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4200, patience=None, gradient_clip=1.0,
     ),
-    scoring=ScoringConfig(scales=(2, 4, 8), spread=True, precision="auto"),  # docs/decisions/0003-spread.md
+    # spread: docs/decisions/0003-spread.md
+    scoring=ScoringConfig(scales=(2, 4, 8), max_reference_images=256, spread=True, precision="auto"),
 )
 
 PRESETS: dict[str, Config] = {"paper": Config(), "fast": _FAST}

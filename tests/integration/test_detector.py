@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from intra.errors import InTraError
-from intra.inspection.detector import FORMAT_VERSION, Detector
+from intra.inspection.detector import FORMAT_VERSION, Detector, _digest
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,54 @@ def test_foreign_newer_and_missing_files_are_refused_by_name(run, tmp_path):
     rewritten(run.model_path, file, header="{}")
     with pytest.raises(InTraError, match="damaged"):
         Detector.load(file)
+
+
+def forged(detector: Detector, path: Path, change) -> None:
+    """A model file with something absurd in it, and the right checksum: damage on purpose."""
+    info, tensors = json.loads(json.dumps(detector.info)), load_file(path)
+    change(info, tensors)
+    header = json.dumps(info)
+    envelope = {"header": header, "sha256": _digest(header, tensors), "format_version": FORMAT_VERSION}
+    save_file(tensors, path, metadata={"intra": json.dumps(envelope)})
+
+
+def nothing_in_common(info, tensors):
+    info["config"] = None
+
+
+@pytest.mark.parametrize("change", [
+    nothing_in_common,
+    lambda info, tensors: info["config"]["model"].update(depth=1000),
+    lambda info, tensors: info["config"]["model"].update(depth=3_000_000),
+    lambda info, tensors: info["config"]["model"].update(embed_dim=9600),
+    lambda info, tensors: info["config"]["model"].update(mlp_ratio=float("nan")),
+    lambda info, tensors: info["config"]["model"].update(grid=[8, 8, 8]),
+    lambda info, tensors: info["config"]["scoring"].update(deviation="foo"),
+    lambda info, tensors: info["config"]["scoring"].update(scales=[10**12]),
+    lambda info, tensors: info["calibration"].update(held_out_scores=None),
+    lambda info, tensors: info["calibration"].update(held_out_scores=["high"]),
+    lambda info, tensors: info["calibration"]["threshold"].update(value=float("nan")),
+    lambda info, tensors: info["calibration"]["threshold"].update(value="0"),
+    lambda info, tensors: info.update(provenance=[]),
+    lambda info, tensors: tensors.update({"reference.mean": torch.zeros(3, 3)}),
+    lambda info, tensors: tensors.update({"reference.mean": torch.zeros(64)}),
+    lambda info, tensors: tensors.update({"model.pos_embed": tensors["model.pos_embed"].half()}),
+    lambda info, tensors: tensors.update({"model.pos_embed": tensors["model.pos_embed"] * float("nan")}),
+    lambda info, tensors: tensors.pop("model.head.bias"),
+])  # fmt: skip
+def test_a_forged_file_is_refused(run, detector, tmp_path, change):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(run.model_path.read_bytes())
+    forged(detector, file, change)
+    with pytest.raises(InTraError, match=str(tmp_path)):
+        Detector.load(file)
+
+
+def test_an_untouched_copy_made_the_same_way_is_loaded(run, detector, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(run.model_path.read_bytes())
+    forged(detector, file, lambda info, tensors: None)
+    assert Detector.load(file).threshold == detector.threshold
 
 
 def test_wrong_images_are_refused(detector, tmp_path):

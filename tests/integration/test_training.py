@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from intra.config import preset
 from intra.data.folder import find_categories
@@ -89,7 +91,7 @@ def test_resumed_equals_uninterrupted(photos, tmp_path, settings):
     assert stopped.interrupted
     assert stopped.num_steps < 40
     assert Detector.load(stopped.path).threshold is not None  # usable as it is
-    resumed = train(photos / "gear", tmp_path / "part", steps=40, resume=True)
+    resumed = train(photos / "gear", tmp_path / "part", resume=True)  # with the budget of the run
     assert not resumed.interrupted
     assert resumed.num_steps == 40
     assert same(weights(resumed), weights(whole))
@@ -135,6 +137,55 @@ def test_resume_refuses_what_does_not_fit(photos, run, tmp_path):
     (damaged / "last.ckpt").write_bytes((run.path / "last.ckpt").read_bytes()[:1000])
     with pytest.raises(InTraError, match="damaged"):
         train(photos / "gear", damaged, steps=1, resume=True)
+
+
+def test_stopped_before_the_first_validation_the_last_weights_count(photos, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intra.training.engine.REPORT_EVERY_S", 0.0)
+        stopped = train(photos / "gear", tmp_path, steps=40, image_size=64, settings=TINY,
+                        on_report=lambda report: os.kill(os.getpid(), signal.SIGINT) if report.step == 3 else None)
+    assert stopped.interrupted
+    state = load_file(tmp_path / "last.ckpt")
+    trained = {name: value for name, value in state.items() if name.startswith("model.")}
+    assert all(torch.equal(weights(stopped)[name], value) for name, value in trained.items())
+
+
+def test_a_torn_log_and_an_incomplete_checkpoint(photos, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.path, folder)
+    with (folder / "log.csv").open("ab") as file:
+        file.write(b"19,1\n2\n\0\0\0")
+    assert train(photos / "gear", folder, steps=62, resume=True).num_steps == 62
+    assert all(row["validation_loss"] for row in log_of(folder))
+    tensors = load_file(folder / "last.ckpt")
+    with safe_open(folder / "last.ckpt", framework="pt") as opened:
+        header = opened.metadata()
+    tensors.pop("model.head.bias")
+    save_file(tensors, folder / "last.ckpt", metadata=header)
+    with pytest.raises(InTraError, match="incomplete"):
+        train(photos / "gear", folder, steps=64, resume=True)
+
+
+def test_resume_never_overwrites_a_model_without_a_checkpoint(photos, run, tmp_path):
+    shutil.copy(run.model_path, tmp_path)
+    with pytest.raises(InTraError, match=r"no last\.ckpt"):
+        train(photos / "gear", tmp_path, steps=1, resume=True)
+
+
+def test_odd_folders_and_shares(photos, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(photos / "gear" / "train" / "good", folder)
+    (folder / "zz.png").symlink_to("/nowhere.png")
+    with pytest.raises(InTraError, match=r"zz\.png"):
+        train(folder, tmp_path / "a", steps=1, image_size=64, settings=TINY)
+    most = TINY | {"data.validation_fraction": "0.97"}
+    assert Detector.load(train(photos / "gear", tmp_path / "b", steps=1, image_size=64, settings=most).path
+                         ).provenance["num_train"] == 8
+    few = TINY | {"scoring.reference": "validation", "data.max_validation_images": "2"}
+    with pytest.raises(InTraError, match="at least 3 held-out"):
+        train(photos / "gear", tmp_path / "c", steps=1, image_size=64, settings=few)
+    with pytest.raises(InTraError, match="seed"):
+        train(photos / "gear", tmp_path / "d", steps=1, image_size=64, settings=TINY, seed=2**32)
 
 
 def test_resume_without_a_checkpoint_begins(photos, tmp_path):

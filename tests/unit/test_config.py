@@ -53,8 +53,10 @@ def test_every_wrong_setting_is_named_at_once():
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"model.depth": "0", "train.batch_size": "-1"}, "model.depth is 0.*train.batch_size is -1"),
+    ({"model.mlp_ratio": "inf"}, "not a number"),
+    ({"train.gradient_clip": "nan"}, "not a number"),
+    ({"model.grid": "4x4"}, "unknown setting"),
     ({"model.embed_dim": "100"}, "multiple of 12"),
-    ({"model.window_size": "99"}, "grid has 16x16"),
     ({"model.readout": "mean"}, "hidden_fraction=none"),
     ({"scoring.blur_size": "4"}, "odd"),
     ({"scoring.false_reject_rate": "1.5"}, "between 0 and 1"),
@@ -66,10 +68,30 @@ def test_values_out_of_range_are_refused(settings, said):
         preset("fast").with_settings(settings)
 
 
-def test_unknown_names_in_a_file_are_refused():
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"model.window_size": "99"}, "grid has 16x16"),
+    ({"scoring.scales": "2,128"}, "leaves less than 3 px"),
+])  # fmt: skip
+def test_what_does_not_fit_the_image_is_refused_once_its_size_is_known(settings, said):
+    with pytest.raises(InTraError, match=said):
+        preset("fast").with_settings(settings).check_grid()
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [
+    ("model", "wings", 2), ("model", "depth", "six"), ("model", "grid", [16, 16, 16]), ("model", "readout", "foo"),
+    ("model", "mlp_ratio", float("nan")), ("train", "batch_size", True), ("scoring", "scales", [1.5]),
+    ("scoring", "deviation", "foo"), ("scoring", "lattice", 10**30), ("scoring", "blur_size", 10**12 + 1),
+])  # fmt: skip
+def test_wrong_names_and_types_in_a_file_are_refused(part, name, value):
     values = preset("fast").to_dict()
-    values["model"]["wings"] = 2
-    with pytest.raises(InTraError, match="wings"):
+    values[part][name] = value
+    with pytest.raises(InTraError, match=name):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize("values", [None, [], {"model": None}, {"model": [1]}])
+def test_settings_that_are_no_table_are_refused(values):
+    with pytest.raises(InTraError, match="table"):
         Config.from_dict(values)
 
 

@@ -6,6 +6,7 @@ to the right and y down from its centre: a set looks the same at every size, but
 draw depends on (seed, category, kind, index) only: a smaller set is the beginning of a larger one.
 """
 
+import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from intra.data.files import write_atomically
 from intra.errors import InTraError
 
 __all__ = ["DEFECTS", "demo_photo", "make_demo"]
@@ -64,8 +66,9 @@ def make_demo(out: str | Path, *, size_px: int = 256, num_train: int = 60, num_t
         image, _, mask = demo_photo(category, kind, index, size_px=size_px, seed=seed)
         for file, pixels in ((path, image), (masks.get(path), mask)):
             if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(file, compress_level=3)
+                content = io.BytesIO()
+                Image.fromarray(pixels).save(content, "PNG", compress_level=3)
+                write_atomically(file, content.getvalue())
     return [out / category for category in DEFECTS]
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import hashlib
 import os
 import tempfile
 from contextlib import suppress
@@ -7,7 +8,18 @@ from pathlib import Path
 
 from intra.errors import InTraError
 
-__all__ = ["write_atomically"]
+__all__ = ["sha256_of", "write_atomically"]
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file. Raises InTraError if it is no file or cannot be read."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise InTraError(f"{path} is no file; replace or remove it")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InTraError(f"cannot read {path}: {error.strerror or error}; replace or remove it") from error
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -15,7 +27,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
     Raises InTraError if the folder cannot be written or the disk is full.
     """
-    data = content.encode() if isinstance(content, str) else content
+    # a file's name may hold bytes that are no text
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from intra.config import ModelConfig
+from intra.config import preset
 from intra.data.images import UnreadableError, auto_image_size, in_threads, read_image
 from intra.data.layout import (
     GOOD,
@@ -116,7 +116,7 @@ def _images_of(category: Category, readable: Collection[Path]) -> list[Path]:
 def _summary(category: Category, readable: _Readable) -> Summary:
     facts = [readable[path] for path in _images_of(category, readable)]
     sizes = [readable[path].size for path in category.train if path in readable]  # training sees these alone
-    model = ModelConfig()
+    model = preset("fast").model  # the default
     size = auto_image_size(sizes, patch_size=model.patch_size, window_size=model.window_size) if sizes else None
     return Summary(Counter(fact.size for fact in facts), Counter(fact.channels for fact in facts),
                    Counter(fact.bit_depth for fact in facts), size)

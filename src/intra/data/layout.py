@@ -67,9 +67,13 @@ def find_categories(
 ) -> list[Category]:
     """The categories in DATA, by name; the module says which forms it takes. Opens no image.
 
-    Raises InTraError if there is no good image in it, or a named folder is missing or empty.
+    Raises InTraError if there is no good image in one of them, or a named folder is missing or empty.
     """
-    return find_all(data, normal, anomalous, masks)[0]
+    categories, problems = find_all(data, normal, anomalous, masks)
+    errors = [problem.message for problem in problems if problem.severity == "error"]
+    if errors:  # left out in silence, a category would be missed only much later
+        raise InTraError("; ".join(errors))
+    return categories
 
 
 def require_enough(category: Category) -> None:

@@ -1,6 +1,5 @@
 """Verdicts on test images and ground truth → results.json, report.html and maps/."""
 
-import hashlib
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ import PIL.Image
 import torch
 
 import intra
-from intra.data.files import write_atomically
+from intra.data.files import sha256_of, write_atomically
 from intra.data.folder import Category, LabelledImage, find_categories
 from intra.data.images import read_image, read_mask
 from intra.errors import InTraError
@@ -253,7 +252,7 @@ def _not_trained_on(category: Category, detector: Detector) -> tuple[list[Labell
     tests: list[LabelledImage] = []
     left_out: list[LabelledImage] = []
     for test in category.test:
-        seen = not test.label and hashlib.sha256(test.path.read_bytes()).hexdigest() in known
+        seen = not test.label and sha256_of(test.path) in known
         (left_out if seen else tests).append(test)
     return tests, left_out
 

@@ -17,6 +17,7 @@ from intra.inspection.detector import Detector, Prediction
 __all__ = ["FileVerdict", "predict_files"]
 
 PREDICTIONS_FILE = "predictions.jsonl"
+PICTURES_FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def predict_files(
     there are. Raises InTraError if there is no image.
     """
     out = Path(out)
-    files = _files(images)
+    files = [path for path in _files(images) if out / PICTURES_FOLDER not in path.parents]  # not its own pictures
     names = _unique_names(files)
     unreadable = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (out / PREDICTIONS_FILE).open("w", encoding="utf-8") as record:
             for done, (path, name) in enumerate(zip(files, names, strict=True), start=1):
-                verdict = _inspect(detector, path, out / "images" / name if save_images else None)
+                verdict = _inspect(detector, path, out / PICTURES_FOLDER / name if save_images else None)
                 if verdict.error is not None:
                     unreadable.append(path)
                 record.write(json.dumps(_line(verdict)) + "\n")

@@ -12,7 +12,9 @@ from intra.config import ScoringConfig
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, anomaly_map, image_score
 
-__all__ = ["Threshold", "calibrate", "choose_threshold", "given_threshold"]
+__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold"]
+
+LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,10 @@ def calibrate(
             raise ValueError("the reference 'training' needs the maps of the training images")
         reference = Reference.of(trained_on, spread=scoring.spread)
         return reference, image_score(anomaly_map(held_out, reference, deviation=scoring.deviation)).tolist()
-    if len(held_out) < 3:
+    if len(held_out) < LEAST_HELD_OUT:
         raise InTraError(
-            f"scoring.reference=validation needs at least 3 held-out good images, there are {len(held_out)}; give more "
-            "good images, a larger data.validation_fraction, or scoring.reference=training"
+            f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
+            f"{len(held_out)}; give more good images, a larger data.validation_fraction, or scoring.reference=training"
         )
     scores: list[float] = []
     for index in range(len(held_out)):

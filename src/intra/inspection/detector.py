@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Prediction:
     threshold: float
     anomaly_map: np.ndarray  # (H, W) float32, raw
     mask: np.ndarray  # (H, W) bool
-    repaired: np.ndarray  # (H, W) or (H, W, C), dtype of the input, channels of the model
+    repaired: np.ndarray  # (H, W) or (H, W, C), channels of the model; uint8 or uint16 as the input, else float32
     defects: tuple[Defect, ...]  # the highest score first
 
 
@@ -99,14 +100,17 @@ class Detector:
         header, tensors = _read_model(_model_file(Path(path)))
         try:
             config = Config.from_dict(header["config"])
+            config.check_grid()
             scores, provenance = header["calibration"]["held_out_scores"], header["provenance"]
+            chosen = Threshold(**header["calibration"]["threshold"])
             reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None))
+            _check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
                 model = build(config.model)
             model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()}, assign=True)
-            chosen = Threshold(**header["calibration"]["threshold"])
-        except (KeyError, TypeError, RuntimeError, InTraError) as error:
-            raise InTraError(f"{path} does not hold what its header says ({error}); train or copy it again") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or ["?"])[0]
+            raise InTraError(f"{path} does not hold what its header says ({reason}); train or copy it again") from error
         if threshold is not None:
             chosen = given_threshold(scores, threshold)
         elif false_reject_rate is not None:
@@ -178,6 +182,8 @@ class Detector:
     ) -> Prediction:
         size = array.shape[0], array.shape[1]
         large_map = _resize(small_map[None], size)[0].numpy()
+        if not math.isfinite(score):  # never let a broken model call a part good
+            raise InTraError("the model gives scores that are no numbers; train or copy it again")
         is_anomalous = score > self.threshold
         # Resizing lowers the peak a little: an anomalous image shows at least that.
         mask = large_map > min(self.threshold, np.nextafter(large_map.max(), -np.inf)) if is_anomalous else (
@@ -220,13 +226,32 @@ def _read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                                  "use the intra that wrote it, or train again")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no mapping
             header = json.loads(envelope["header"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            is_whole = _digest(envelope["header"], tensors) == envelope.get("sha256")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InTraError):
             raise
         raise InTraError(f"{file} is damaged or no model of intra ({error}); train or copy it again") from error
-    if _digest(envelope["header"], tensors) != envelope.get("sha256"):
+    if not is_whole:
         raise InTraError(f"{file} is damaged: its content does not match its checksum; train or copy it again")
     return header, tensors
+
+
+def _check_content(
+    config: Config, tensors: dict[str, Tensor], reference: Reference, numbers: Sequence[object], provenance: object
+) -> None:
+    """Raises ValueError where a file, whole as it is, cannot be the model that its header describes."""
+    depth = sum(name.startswith("model.blocks.") and name.endswith(".norm1.weight") for name in tensors)
+    if depth != config.model.depth:  # before a network of that depth is built
+        raise ValueError(f"depth {config.model.depth}, but {depth} blocks")
+    parts = [reference.mean, *([] if reference.spread is None else [reference.spread])]
+    if any(part.shape != config.model.image_size for part in parts):
+        raise ValueError("a reference map of another size than the image")
+    if any(part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts, *tensors.values())):
+        raise ValueError("numbers that are not finite, or not fp32")
+    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a threshold or a score that is no number")
+    if not isinstance(provenance, dict):
+        raise TypeError("no provenance")
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:

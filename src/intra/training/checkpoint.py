@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             header = json.loads((opened.metadata() or {})["intra_checkpoint"])
-        version = header["version"]
+        version, _ = header["version"], header["identity"]["training_images"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise InTraError(f"{path} is damaged or no checkpoint of intra ({error}); delete the folder and train again"
                          ) from error
@@ -64,7 +64,22 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Tensor]]:
-    """Puts the state into model and optimiser; returns the progress and the best weights so far."""
+    """Puts the state into model and optimiser; returns the progress and the best weights so far.
+
+    Raises InTraError if the file is damaged or does not fit the model.
+    """
+    try:
+        return _load(path, model, optimizer)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, InTraError):
+            raise
+        raise InTraError(f"{path} is incomplete ({str(error).splitlines()[0]}); delete the folder and train again"
+                         ) from error
+
+
+def _load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor]]:
     progress = Progress(**read_header(path)["progress"])
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     with safe_open(path, framework="pt", device="cpu") as opened:

@@ -122,7 +122,8 @@ def fit(  # noqa: PLR0913  all but three by keyword
         checkpoint_now()
         interrupted = stop.is_set() and not progress.finished
     log.close()
-    model.load_state_dict(best)
+    if progress.best_step:  # else it was stopped before the first validation: the last weights are the best known
+        model.load_state_dict(best)
     return Fitted(progress, interrupted)
 
 
@@ -138,7 +139,7 @@ def _step(
                                gms_weight=config.gms_weight, ssim_weight=config.ssim_weight)
     fabric.backward(loss)
     if config.gradient_clip is not None:
-        fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip)
+        fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
@@ -265,12 +266,13 @@ class _Log:
 
     def __init__(self, out: Path, *, keep_until: int) -> None:
         self.path = out / "log.csv"
-        kept: list[dict[str, str]] = []
+        kept: list[list[str]] = []
         if self.path.exists() and keep_until:  # a resumed run does again what came after its checkpoint
             with self.path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= keep_until]
-        lines = [",".join(LOG_FIELDS), *(",".join(row[name] for name in LOG_FIELDS) for row in kept)]
-        write_atomically(self.path, "\n".join(lines) + "\n")
+                rows = list(csv.reader(line.replace("\0", "") for line in file))
+            kept = [row for row in rows  # a power cut may have torn a line
+                    if len(row) == len(LOG_FIELDS) and row[0].isdigit() and int(row[0]) <= keep_until]
+        write_atomically(self.path, "\n".join([",".join(LOG_FIELDS), *map(",".join, kept)]) + "\n")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -1,26 +1,27 @@
 """From a folder of good images to a model file: decode, fit, calibrate, save."""
 
-import hashlib
 import logging
 import math
 import platform
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
+from intra.data.files import sha256_of
 from intra.data.folder import Category, find_categories, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
-from intra.inspection.calibration import calibrate
+from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import pick_device, uses_bf16
 from intra.models import build
@@ -29,6 +30,8 @@ from intra.training.engine import Budget, Report, fit
 from intra.training.sampler import WindowSampler, allowed_symmetries
 
 __all__ = ["Run", "train"]
+
+LARGEST_SIDE = 8192  # px
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,22 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     settings: Mapping[str, str] | None = None,
     normal: str | Path | None = None,
     on_report: Callable[[Report], None] | None = None,
+    on_calibration: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Trains on the good images of one category and writes `out`/model.safetensors.
 
     Args:
         data: a category in MVTec's layout, or a folder of good images.
         preset: "fast" (the default) or "paper".
-        image_size: px; "auto", a side, or (height, width). Sides become multiples of the patch.
-        minutes, epochs, steps: the budget, one of them; without any, the preset's. The schedule fits it.
+        image_size: px; "auto", a side, or (height, width), both multiples of the patch.
+        minutes, epochs, steps: the budget, one of them; without any, the resumed run's or the preset's. The schedule
+            fits it.
         seed: the same seed on the same machine gives the same weights (with a budget in steps or epochs).
         resume: go on from `out`/last.ckpt where there is one; preset, seed and settings are then those of the run.
         settings: replaces single settings by text, `{"train.batch_size": "16"}`.
-        on_report: called about twice a second.
+        on_report: called about twice a second while training.
+        on_calibration: called afterwards with the number of good images inspected for reference and threshold, and
+            of all.
 
     Raises InTraError on anything that the user can mend.
     """
@@ -80,6 +87,10 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     stored = read_header(checkpoint)["identity"] if resume and checkpoint.exists() else None
     if not resume and (checkpoint.exists() or (out / MODEL_FILE).exists()):
         raise InTraError(f"{out} already holds a run; pass --resume to go on with it, or choose another --out")
+    if resume and not checkpoint.exists() and (out / MODEL_FILE).exists():
+        raise InTraError(f"{out} holds a model but no {CHECKPOINT_FILE} to go on from; choose another --out")
+    if not 0 <= seed < 2**31:
+        raise InTraError(f"the seed is {seed}; it must lie between 0 and {2**31 - 1}")
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
     fingerprints = _fingerprints(category)
@@ -89,16 +100,20 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
     images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
     train_index, validation_index = _split(len(images), config, seed)
+    if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
+        raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
+                         f"{len(validation_index)}; give more photos, or set a larger data.validation_fraction")
     training, validation = images[train_index].to(chosen), images[validation_index].to(chosen)
     sampler = _sampler(training, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config.model)
-    identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints}
+    budget = _budget(config, minutes, epochs, steps, sampler.steps_per_epoch, stored)
+    identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
     fitted = fit(
         model, sampler, validation, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
-        budget=_budget(config, minutes, epochs, steps, sampler.steps_per_epoch), fabric=_fabric(chosen, config),
-        out=out, identity=identity, resume=stored is not None, on_report=on_report,
+        budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
+        resume=stored is not None, on_report=on_report,
     )  # fmt: skip
     best_loss = fitted.progress.best_validation_loss  # infinite if interrupted before the first validation
     provenance = {
@@ -108,7 +123,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         "num_train": len(training), "num_validation": len(validation), "training_images": fingerprints,
         "symmetries": sampler.symmetries.int().tolist(), "pretrained_weights": None,
     }  # fmt: skip
-    detector = _calibrated(model, config, training, validation, provenance, chosen)
+    detector = _calibrated(model, config, training, validation, provenance, chosen, on_calibration)
     detector.save(out / MODEL_FILE)
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
@@ -130,7 +145,9 @@ def _wanted(name: str | None, image_size: str | int | tuple[int, int] | None, se
     changed = dict(settings or {})
     if image_size is not None:
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        text = sides if isinstance(sides, str) else f"{sides[0]}x{sides[1]}"
+        text = sides.lower() if isinstance(sides, str) else f"{sides[0]}x{sides[1]}"
+        if not re.fullmatch(r"auto|[0-9]+(x[0-9]+)?", text):
+            raise InTraError(f"--image-size is {image_size!r}; expected auto, a side such as 256, or HxW: 256x320")
         changed["data.image_size"] = f"{text}x{text}" if text.isdigit() else text
     return config.with_settings(changed)
 
@@ -147,8 +164,12 @@ def _resolve(config: Config, category: Category) -> Config:
         raise InTraError(f"--image-size is {size[0]}x{size[1]} px; both sides must be multiples of the patch, "
                          f"{patch_size} px, e.g. {_nearby(size[0], patch_size)}x{_nearby(size[1], patch_size)}")
     channels = auto_channels(infos) if config.data.channels == "auto" else config.data.channels
+    if max(size) > LARGEST_SIDE:
+        raise InTraError(f"--image-size is {size[0]}x{size[1]} px; the largest side is {LARGEST_SIDE} px")
     grid = size[0] // patch_size, size[1] // patch_size
-    return replace(config, model=replace(config.model, grid=grid, channels=channels))
+    resolved = replace(config, model=replace(config.model, grid=grid, channels=channels))
+    resolved.check_grid()
+    return resolved
 
 
 def _nearby(side: int, patch_size: int) -> int:
@@ -178,15 +199,14 @@ def _fingerprints(category: Category) -> dict[str, str]:
     found = {}
     for path in category.train:
         name = path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else path.name
-        with path.open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        found[name] = sha256_of(path)
     return found
 
 
 def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images train and which validate: a share, but at least 3 (or a third) to calibrate on."""
+    """Which images train and which validate: a share, at least 3 (or a third) to calibrate on, at most half."""
     share = round(count * config.data.validation_fraction)
-    num_validation = min(max(share, min(3, count // 3), 1), config.data.max_validation_images)
+    num_validation = min(max(share, min(3, count // 3), 1), config.data.max_validation_images, count // 2)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[num_validation:].sort().values, order[:num_validation].sort().values
 
@@ -203,19 +223,22 @@ def _sampler(training: Shaped[Tensor, "n c h w"], config: Config, seed: int) -> 
 
 
 def _budget(
-    config: Config, minutes: float | None, epochs: int | None, steps: int | None, steps_per_epoch: int
-) -> Budget:
-    """The budget that was given, or else the preset's."""
+    config: Config, minutes: float | None, epochs: int | None, steps: int | None, steps_per_epoch: int,
+    stored: Mapping[str, Any] | None,
+) -> Budget:  # fmt: skip
+    """The budget that was given, or else that of the resumed run, or else the preset's."""
     given = [name for name, value in (("--minutes", minutes), ("--epochs", epochs), ("--steps", steps))
              if value is not None]
     if len(given) > 1:
         raise InTraError(f"give one budget, not {' and '.join(given)}")
-    if given and min(value for value in (minutes, epochs, steps) if value is not None) <= 0:
+    if given and not min(value for value in (minutes, epochs, steps) if value is not None) > 0:
         raise InTraError(f"{given[0]} must be above 0")
     if minutes is not None:
         return Budget(seconds=minutes * 60)
     if steps is not None:
         return Budget(steps=steps)
+    if epochs is None and stored is not None:
+        return Budget(**stored["budget"])
     if epochs is None and config.train.max_steps is not None:
         return Budget(steps=config.train.max_steps)
     epochs = epochs if epochs is not None else config.train.max_epochs
@@ -233,17 +256,21 @@ def _fabric(device: torch.device, config: Config) -> Fabric:
 
 def _calibrated(
     model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
-    provenance: dict[str, Any], device: torch.device,
+    provenance: dict[str, Any], device: torch.device, on_calibration: Callable[[int, int], None] | None,
 ) -> Detector:  # fmt: skip
     """The detector with its reference and threshold from good images."""
     model = model.to(device).eval()
-
-    def differences(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n h w"]:
-        return torch.cat([repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1]
-                          for chunk in images.split(8)])
-
-    trained_on = differences(training) if config.scoring.reference == "training" else None
-    reference, scores = calibrate(differences(validation), trained_on, scoring=config.scoring)
+    count = 0 if config.scoring.reference == "validation" else min(
+        len(training), config.scoring.max_reference_images or len(training))
+    chosen = torch.linspace(0, len(training) - 1, count).round().long()
+    images = torch.cat([validation, training[chosen.to(training.device)]])
+    found = []
+    for chunk in images.split(8):
+        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1])
+        if on_calibration:
+            on_calibration(sum(map(len, found)), len(images))
+    held_out, trained_on = torch.cat(found).split([len(validation), count])
+    reference, scores = calibrate(held_out, trained_on if count else None, scoring=config.scoring)
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
                     device=str(device))
 

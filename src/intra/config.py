@@ -362,8 +362,9 @@ _FAST = Config(
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4200, patience=None, gradient_clip=1.0,
     ),
-    # spread: docs/decisions/0003-spread.md
-    scoring=ScoringConfig(scales=(2, 4, 8), max_reference_images=256, spread=True, precision="auto"),
+    # docs/decisions/0003-spread.md, 0006-scales.md
+    scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,
+                          precision="auto"),
 )
 
 PRESETS: dict[str, Config] = {"paper": Config(), "fast": _FAST}

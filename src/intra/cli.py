@@ -203,7 +203,7 @@ def demo(
     found = []
     for category in find_categories(out / "data"):
         run = out / "runs" / category.name
-        if _train_one(category, run, steps=steps, device=device, resume=True):
+        if _train_one(category, run, preset="fast", steps=steps, device=device, resume=True):
             raise typer.Exit(1)
         folder = out / "results" / category.name
         found.append((category.name, _evaluate_one(Detector.load(run, device=device), category, folder), folder))

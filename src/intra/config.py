@@ -224,7 +224,7 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, values: Any) -> "Config":
         """The inverse of `to_dict`, also after a trip through JSON.
 
         Raises InTraError on unknown names and wrong types.

@@ -206,7 +206,7 @@ def test_budgets(photos, tmp_path):
 
 
 def test_patience_ends_training(photos, tmp_path):
-    settings = TINY | {"train.learning_rate": "1e-9", "train.weight_decay": "0", "train.patience": "2",
+    settings = TINY | {"train.learning_rate": "1e-30", "train.weight_decay": "0", "train.patience": "2",
                        "train.schedule": "constant", "train.warmup_fraction": "0"}
     stopped = train(photos / "gear", tmp_path, steps=500, image_size=64, settings=settings)
     assert stopped.num_steps < 200

@@ -1,5 +1,6 @@
 """The command line: parses, calls one function, prints."""
 
+import math
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def check_data(
         console.print(f"{problem.severity}: {problem.path}: {problem.message}", highlight=False, markup=False,
                       style="red" if problem.severity == "error" else "yellow", soft_wrap=True)
     num_errors = sum(problem.severity == "error" for problem in report.problems)
-    console.print(f"{num_errors} errors, {len(report.problems) - num_errors} warnings", highlight=False)
+    console.print(f"{num_errors} error(s), {len(report.problems) - num_errors} warning(s)", highlight=False)
     if not report.ok:
         raise typer.Exit(2)
 
@@ -236,9 +237,10 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     console = _console()
     with _training_bar(category.name) as (show, show_calibration):
         run = train_category(category, folder, on_report=show, on_calibration=show_calibration, **options)
-    state = "interrupted; --resume goes on" if run.interrupted else "trained"
+    state = "interrupted" if run.interrupted else "trained"
     console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
-                  f"validation loss {run.best_validation_loss:.5f}", highlight=False, markup=False)
+                  f"validation loss {_loss(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),
+                  highlight=False, markup=False)
     console.print(f"wrote {run.model_path}", highlight=False, markup=False, soft_wrap=True)
     return run.interrupted
 
@@ -264,6 +266,11 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         for name, reason in results.get("reasons", {}).items():
             console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _loss(value: float) -> str:
+    """A loss for people; infinite means that nothing has been validated yet."""
+    return f"{value:.5f}" if math.isfinite(value) else "–"
 
 
 def _pairs(settings: list[str] | None) -> dict[str, str]:
@@ -318,7 +325,7 @@ def _training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Calla
         def show(report: "Report") -> None:
             minutes, seconds = divmod(int(report.seconds_left), 60)
             progress.update(task, completed=report.spent, text=(
-                f"step {report.step}  loss {report.train_loss:.4f}  best validation {report.validation_loss:.4f}  "
+                f"step {report.step}  loss {report.train_loss:.4f}  best validation {_loss(report.validation_loss)}  "
                 f"{report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
 
         def show_calibration(done: int, total: int) -> None:

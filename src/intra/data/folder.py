@@ -18,6 +18,7 @@ from intra.data.layout import (
     Problem,
     find_all,
     find_categories,
+    find_category,
     list_images,
     mask_files,
     require_enough,
@@ -25,7 +26,7 @@ from intra.data.layout import (
 )
 
 __all__ = ["MIN_GOOD_IMAGES", "Category", "DataReport", "LabelledImage", "Problem", "Summary", "check_data",
-           "find_categories", "list_images", "require_enough"]
+           "find_categories", "find_category", "list_images", "require_enough"]
 
 _USUAL_SHARE = 0.9  # of the files; the others are then odd ones
 

@@ -24,7 +24,7 @@ from intra.data.decode import IMAGE_SUFFIXES
 from intra.errors import InTraError
 
 __all__ = ["GOOD", "MASK_SUFFIXES", "MIN_GOOD_IMAGES", "Category", "LabelledImage", "Problem", "find_all",
-           "find_categories", "list_images", "mask_files", "require_enough", "sub_folders"]
+           "find_categories", "find_category", "list_images", "mask_files", "require_enough", "sub_folders"]
 
 MIN_GOOD_IMAGES = 10  # fewer show too little of what varies between good parts, and leave none for the threshold
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".pgm", ".pbm", ".ppm", ".pnm"})
@@ -74,6 +74,19 @@ def find_categories(
     if errors:  # left out in silence, a category would be missed only much later
         raise InTraError("; ".join(errors))
     return categories
+
+
+def find_category(
+    data: str | Path, *, normal: str | Path | None = None, anomalous: str | Path | None = None,
+    masks: str | Path | None = None,
+) -> Category:
+    """The one category in DATA. Raises InTraError as `find_categories`, and if there are several."""
+    categories = find_categories(data, normal=normal, anomalous=anomalous, masks=masks)
+    if len(categories) != 1:
+        names = ", ".join(category.name for category in categories)
+        raise InTraError(f"{data} holds {len(categories)} categories ({names}); a model is for one, e.g. "
+                         f"{Path(data) / categories[0].name}")
+    return categories[0]
 
 
 def require_enough(category: Category) -> None:

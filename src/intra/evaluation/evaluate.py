@@ -18,7 +18,7 @@ import torch
 
 import intra
 from intra.data.files import sha256_of, write_atomically
-from intra.data.folder import Category, LabelledImage, find_categories
+from intra.data.folder import Category, LabelledImage, find_category
 from intra.data.images import read_image, read_mask
 from intra.errors import InTraError
 from intra.evaluation import metrics
@@ -55,13 +55,9 @@ def evaluate(
 
     Raises InTraError if there is nothing to test, a file cannot be read, or a mask does not fit its image.
     """
-    categories = find_categories(data, normal=normal, anomalous=anomalous, masks=masks)
-    if len(categories) != 1:
-        names = ", ".join(category.name for category in categories)
-        raise InTraError(f"{data} holds {len(categories)} categories ({names}); a model is evaluated on one, e.g. "
-                         f"{Path(data) / categories[0].name}")
+    category = find_category(data, normal=normal, anomalous=anomalous, masks=masks)
     detector = run if isinstance(run, Detector) else Detector.load(run, device=device)
-    return evaluate_category(detector, categories[0], out=out, on_progress=on_progress)
+    return evaluate_category(detector, category, out=out, on_progress=on_progress)
 
 
 def evaluate_category(

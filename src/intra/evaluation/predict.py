@@ -1,7 +1,9 @@
 """Verdicts on files: predictions.jsonl and, if wanted, pictures."""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,9 +107,10 @@ def _unique_names(files: Sequence[Path]) -> list[str]:
     """A name for each file's pictures: its stem, with its folder or a number where that is not unique."""
     names: list[str] = []
     taken: set[str] = set()
+    counters: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))  # goes on where it was
     for path in files:
-        choices = [path.stem, f"{path.parent.name}_{path.stem}"]
-        choices += [f"{path.stem}_{number}" for number in range(2, len(files) + 2)]
+        numbered = (f"{path.stem}_{number}" for number in counters[path.stem])
+        choices = itertools.chain((path.stem, f"{path.parent.name}_{path.stem}"), numbered)
         name = next(choice for choice in choices if choice not in taken)
         taken.add(name)
         names.append(name)

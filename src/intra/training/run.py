@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import intra
 from intra.config import Config, preset
 from intra.data.files import sha256_of
-from intra.data.folder import Category, find_categories, require_enough
+from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
@@ -81,7 +81,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     Raises InTraError on anything that the user can mend.
     """
     out = Path(out)
-    category = data if isinstance(data, Category) else _one_category(data, normal)
+    category = data if isinstance(data, Category) else find_category(data, normal=normal)
     require_enough(category)
     checkpoint = out / CHECKPOINT_FILE
     stored = read_header(checkpoint)["identity"] if resume and checkpoint.exists() else None
@@ -127,15 +127,6 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     detector.save(out / MODEL_FILE)
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
-
-
-def _one_category(data: str | Path, normal: str | Path | None) -> Category:
-    categories = find_categories(data, normal=normal)
-    if len(categories) != 1:
-        names = ", ".join(category.name for category in categories)
-        raise InTraError(f"{data} holds {len(categories)} categories ({names}); a model is trained on one, e.g. "
-                         f"{Path(data) / categories[0].name}")
-    return categories[0]
 
 
 def _wanted(name: str | None, image_size: str | int | tuple[int, int] | None, settings: Mapping[str, str] | None

@@ -6,14 +6,13 @@ each is. Below `models.build` nobody sees a whole config: settings go into funct
 
 import dataclasses
 import difflib
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from intra.errors import InTraError
+from intra.values import fits_type, parse_value, type_in_words
 
 __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "nearest", "preset"]
 
@@ -211,9 +210,9 @@ class Config:
             part, name = known[key]
             try:
                 hint = typing.get_type_hints(type(getattr(self, part)))[name]
-                changed.setdefault(part, {})[name] = _parse(str(text), hint)
+                changed.setdefault(part, {})[name] = parse_value(str(text), hint)
             except ValueError:
-                found.append(f"{key}={text!r} is not {_words(hint)}")
+                found.append(f"{key}={text!r} is not {type_in_words(hint)}")
         if found:
             raise InTraError("; ".join(found))
         parts = {part: dataclasses.replace(getattr(self, part), **values) for part, values in changed.items()}
@@ -242,7 +241,7 @@ class Config:
                 raise InTraError(f"unknown settings in {name}: {', '.join(sorted(unknown))}")
             plain = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
             hints = typing.get_type_hints(part)
-            wrong = [f"{name}.{key}={value!r}" for key, value in plain.items() if not _fits(value, hints[key])]
+            wrong = [f"{name}.{key}={value!r}" for key, value in plain.items() if not fits_type(value, hints[key])]
             if wrong:
                 raise InTraError(f"settings of a wrong type: {', '.join(wrong)}")
             parts[name] = part(**plain)
@@ -274,80 +273,6 @@ def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
     part = type(settings).__name__.removesuffix("Config").lower()
     return [f"{part}.{name} is {getattr(settings, name)}; it must be {least} to {most}" for name in names
             if getattr(settings, name) is not None and not least <= getattr(settings, name) <= most]
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a setting; numbers are finite."""
-    for option in _options(hint):
-        origin, args = typing.get_origin(option), typing.get_args(option)
-        if origin is Literal:
-            fits = isinstance(value, str) and value in args
-        elif origin is tuple:
-            fits = isinstance(value, tuple) and all(_fits(part, args[0]) for part in value) and (
-                Ellipsis in args or len(value) == len(args))
-        elif option is float:
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        elif option is int:
-            fits = isinstance(value, int) and not isinstance(value, bool)
-        else:
-            fits = isinstance(value, option)
-        if fits:
-            return True
-    return False
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """The value that a text means for a type such as `int | None` or `tuple[int, ...]`. Raises ValueError."""
-    for option in _options(hint):
-        try:
-            return _parse_one(text.strip(), option)
-        except ValueError:
-            continue
-    raise ValueError(text)
-
-
-def _parse_one(text: str, option: Any) -> Any:
-    origin, args = typing.get_origin(option), typing.get_args(option)
-    if option is type(None):
-        if text.lower() in ("none", "null"):
-            return None
-    elif origin is Literal:
-        if text in args:
-            return text
-    elif option is bool:
-        if text.lower() in ("true", "on", "yes", "1", "false", "off", "no", "0"):
-            return text.lower() in ("true", "on", "yes", "1")
-    elif origin is tuple:
-        parts = [part for part in text.strip("()[]").replace("x", ",").split(",") if part.strip()]
-        numbers = tuple(args[0](part) for part in parts)
-        if Ellipsis in args or len(numbers) == len(args):
-            return numbers
-    elif option in (int, float):
-        number = option(text)
-        if math.isfinite(number):
-            return number
-    raise ValueError(text)
-
-
-def _words(hint: Any) -> str:
-    """A type in the words of the command line."""
-    words: list[str] = []
-    for option in _options(hint):
-        if typing.get_origin(option) is Literal:
-            words.extend(str(arg) for arg in typing.get_args(option))
-        elif typing.get_origin(option) is tuple:
-            args = typing.get_args(option)
-            words.append("whole numbers such as 2,4,8" if Ellipsis in args else "HxW" if args[0] is int else
-                         "two numbers such as 0.05,0.25")
-        else:
-            words.append({int: "a whole number", float: "a number", bool: "on or off", type(None): "none"}.get(
-                option, "text"))
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 # The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is

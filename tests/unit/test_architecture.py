@@ -13,7 +13,7 @@ import intra
 SOURCE = Path(intra.__file__).parent
 LAYERS = [  # left never imports right; modules of one layer may import each other
     {"errors"},
-    {"config", "geometry", "similarity"},
+    {"config", "geometry", "similarity", "values"},
     {"models", "data"},
     {"inspection"},
     {"training"},

@@ -18,12 +18,15 @@ __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "T
 
 FROM_THE_DATA = {("model", "grid"), ("model", "channels")}  # not set by hand: --image-size and data.channels decide
 LEAST_SIDE = 3  # px of a reduced image: fewer hold no gradient
+# px of which an image's sides must be multiples: the autoencoder halves them five times, RIAD's U-Net four times
+SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The inpainting transformer. The defaults are the paper's."""
+    """The network: the inpainting transformer, or a baseline. The defaults are the paper's."""
 
+    network: Literal["intra", "autoencoder", "riad"] = "intra"
     channels: int = 3
     patch_size: int = 16  # K, px
     grid: tuple[int, int] = (16, 16)  # patches: rows, cols of the whole image
@@ -36,6 +39,10 @@ class ModelConfig:
     value_mlp: bool = False  # MFSA: an MLP for v as well; one summary of the paper names it
     long_residuals: bool = True
     readout: Literal["mean", "token"] = "mean"
+    latent_dim: int = 100  # autoencoder: values to which an image is reduced
+    base_width: int = 64  # RIAD: channels of the U-Net's first block
+    cell_sizes: tuple[int, ...] = (2, 4, 8, 16)  # RIAD: px, side of the cells that are hidden
+    num_cell_sets: int = 3  # RIAD: sets into which the cells are parted; each is hidden in turn
 
     @property
     def window_shape(self) -> tuple[int, int]:
@@ -50,7 +57,11 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
         found = _outside(self, 1, 1024, "channels", "patch_size", "num_heads", "depth")
-        found += _outside(self, 1, 2**14, "embed_dim")
+        found += _outside(self, 1, 2**14, "embed_dim", "latent_dim")
+        found += _outside(self, 1, 1024, "base_width")
+        found += _outside(self, 2, 1024, "num_cell_sets")
+        if not self.cell_sizes or not 1 <= min(self.cell_sizes) <= max(self.cell_sizes) <= 1024:
+            found.append(f"model.cell_sizes is {self.cell_sizes}; it needs at least one side, each 1 to 1024 px")
         if not 0 < self.mlp_ratio <= 64:
             found.append(f"model.mlp_ratio is {self.mlp_ratio}; it must lie between 0 and 64")
         # MFSA's query and key heads are embed_dim / 16 wide for 8 heads: half of a value head (method.md)
@@ -60,6 +71,31 @@ class ModelConfig:
                          f"must be a multiple of {unit}")
         if self.window_size is not None and self.window_size < 1:
             found.append(f"model.window_size is {self.window_size}; it must be at least 1 patch, or none")
+        if self.network != "intra" and self.window_size is not None:
+            found.append(f"model.network {self.network} takes whole images; set model.window_size=none")
+        return found
+
+    def misfits(self) -> list[str]:
+        """Everything about the image that the network cannot take, one sentence each, once its size is known."""
+        (rows, cols), (height, width) = self.grid, self.image_size
+        if not 1 <= min(rows, cols) <= max(rows, cols) <= 1024:
+            return [f"the grid is {rows}x{cols} patches; expected 1 to 1024 on each side; choose another --image-size "
+                    "or model.patch_size"]
+        found = []
+        if self.window_size is not None and self.window_size > min(rows, cols):
+            found.append(f"model.window_size is {self.window_size} patches, but the grid has {rows}x{cols}; choose a "
+                         f"window of 1 to {min(rows, cols)}, or a larger --image-size")
+        multiple = SIDE_MULTIPLES[self.network]
+        if height % multiple or width % multiple:
+            found.append(f"the image is {height}x{width} px; for model.network {self.network} both sides must be "
+                         f"multiples of {multiple} px; choose another --image-size")
+        for size in self.cell_sizes if self.network == "riad" else ():
+            if height % size or width % size:
+                found.append(f"model.cell_sizes has {size}, but the image is {height}x{width} px; both sides must be "
+                             "multiples of each cell size")
+            elif (height // size) * (width // size) < self.num_cell_sets:
+                found.append(f"model.cell_sizes has {size}, so an image of {height}x{width} px has fewer cells than "
+                             f"model.num_cell_sets, {self.num_cell_sets}; choose a larger --image-size")
         return found
 
 
@@ -97,7 +133,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_fraction: float = 0.0  # of the budget
+    l2_weight: float = 1.0
     gms_weight: float = 0.01
+    gms_scales: tuple[int, ...] = (1,)  # pictures are reduced by these factors before the loss compares their gradients
     ssim_weight: float = 0.01
     flips: Literal["auto", "on", "off"] = "on"
     turns: Literal["auto", "on", "off"] = "on"  # quarter turns
@@ -118,9 +156,12 @@ class TrainConfig:
             found.append(f"train.learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 0 <= self.warmup_fraction < 1:
             found.append(f"train.warmup_fraction is {self.warmup_fraction}; it must lie between 0 and 1")
-        for name in ("weight_decay", "gms_weight", "ssim_weight"):
+        for name in ("weight_decay", "l2_weight", "gms_weight", "ssim_weight"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if not any((self.l2_weight, self.gms_weight, self.ssim_weight)):
+            found.append("train.l2_weight, train.gms_weight and train.ssim_weight are all 0; nothing would be learnt")
+        found += _unfit_scales("train.gms_scales", self.gms_scales)
         if self.gradient_clip is not None and self.gradient_clip <= 0:
             found.append(f"train.gradient_clip is {self.gradient_clip}; it must be above 0, or none")
         return found
@@ -130,8 +171,9 @@ class TrainConfig:
 class ScoringConfig:
     """How an image and its repaired image become an anomaly map. The defaults are the paper's."""
 
+    difference: Literal["gms", "ssim", "squared"] = "gms"  # what is compared: 1 - GMS, 1 - SSIM, (x - y)²
     lattice: int = 3  # d: every d-th patch of every d-th row is hidden at once (where the window is the whole grid)
-    scales: tuple[int, ...] = (2, 4)  # the images are reduced by these factors before their gradients are compared
+    scales: tuple[int, ...] = (2, 4)  # the images are reduced by these factors before they are compared
     blur_size: int = 21  # px of the box filter over the map, odd; 1: none
     deviation: Literal["squared", "clipped", "signed", "none"] = "squared"  # of the map from good images' mean map
     reference: Literal["training", "validation"] = "training"  # the good images whose maps are averaged
@@ -147,8 +189,7 @@ class ScoringConfig:
         found += _outside(self, 2, 10**9, "max_reference_images")
         if self.blur_size % 2 == 0:
             found.append(f"scoring.blur_size is {self.blur_size}; a box filter needs an odd side")
-        if not self.scales or min(self.scales) < 1:
-            found.append(f"scoring.scales is {self.scales}; it needs at least one factor, each at least 1")
+        found += _unfit_scales("scoring.scales", self.scales)
         if not 0 < self.false_reject_rate < 1:
             found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
         if self.spread and self.deviation == "none":
@@ -168,29 +209,27 @@ class Config:
 
     def __post_init__(self) -> None:
         found = [*self.model.problems(), *self.data.problems(), *self.train.problems(), *self.scoring.problems()]
-        if self.model.readout == "mean" and self.train.hidden_fraction is not None:
+        mean_readout = self.model.network == "intra" and self.model.readout == "mean"
+        if mean_readout and self.train.hidden_fraction is not None:
             found.append("model.readout mean inpaints one patch a window; set train.hidden_fraction=none or "
                          "model.readout=token")
-        if self.model.readout == "mean" and self.model.window_size is None:
+        if mean_readout and self.model.window_size is None:
             found.append("model.readout mean needs a window; set model.window_size, or model.readout=token")
         if found:
             raise InTraError("; ".join(found))
 
     def check_grid(self) -> None:
-        """Raises InTraError where the window or the scales do not fit the image, once its size is known."""
-        rows, cols = self.model.grid
-        window, scale = self.model.window_size, max(self.scoring.scales)
-        found = []
-        if not 1 <= min(rows, cols) <= max(rows, cols) <= 1024:
-            found.append(f"the grid is {rows}x{cols} patches; expected 1 to 1024 on each side; choose another "
-                         "--image-size or model.patch_size")
-        if window is not None and window > min(rows, cols):
-            found.append(f"model.window_size is {window} patches, but the grid has {rows}x{cols}; choose a window of "
-                         f"1 to {min(rows, cols)}, or a larger --image-size")
-        if min(self.model.image_size) // scale < LEAST_SIDE:
-            height, width = self.model.image_size
+        """Raises InTraError where the network or the scales do not fit the image, once its size is known."""
+        found = self.model.misfits()
+        height, width = self.model.image_size
+        scale, loss_scale = max(self.scoring.scales), max(self.train.gms_scales)
+        if min(height, width) // scale < LEAST_SIDE:
             found.append(f"scoring.scales={scale} leaves less than {LEAST_SIDE} px of an image of {height}x{width} px; "
                          "choose smaller scales, or a larger --image-size")
+        compared = self.model.patch_size if self.model.network == "intra" else min(height, width)
+        if loss_scale > 1 and compared // loss_scale < LEAST_SIDE:  # at full size the loss takes patches of any side
+            found.append(f"train.gms_scales={loss_scale} leaves less than {LEAST_SIDE} of the {compared} px that the "
+                         "loss compares; choose smaller scales")
         if found:
             raise InTraError("; ".join(found))
 
@@ -268,6 +307,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def _unfit_scales(name: str, scales: tuple[int, ...]) -> list[str]:
+    """A sentence if there is no scale, or one below 1."""
+    if scales and min(scales) >= 1:
+        return []
+    return [f"{name} is {scales}; it needs at least one factor, each at least 1"]
+
+
 def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
     """A sentence for each named setting that is not in this range; None is not checked."""
     part = type(settings).__name__.removesuffix("Config").lower()
@@ -292,4 +338,32 @@ _FAST = Config(
                           precision="auto"),
 )
 
-PRESETS: dict[str, Config] = {"paper": Config(), "fast": _FAST}
+# The baselines see each image as often as `fast` does and keep the same images out, so that their thresholds compare.
+# Loss, optimiser and scoring are their papers'; docs/method.md. No mean map of good images is taken off theirs, so
+# the held-out images suffice as reference.
+_AUTOENCODER_L2 = Config(
+    preset="autoencoder_l2",
+    model=ModelConfig(network="autoencoder", patch_size=32, window_size=None, readout="token"),
+    data=_FAST.data,
+    train=TrainConfig(
+        windows_per_image=8, batch_size=8, learning_rate=2e-4, weight_decay=1e-5, gms_weight=0.0, ssim_weight=0.0,
+        flips="auto", turns="auto", max_epochs=None, max_steps=4200, patience=None,
+    ),
+    scoring=ScoringConfig(difference="squared", scales=(1,), blur_size=1, deviation="none", reference="validation",
+                          precision="auto"),
+)
+_AUTOENCODER_SSIM = dataclasses.replace(
+    _AUTOENCODER_L2, preset="autoencoder_ssim",
+    train=dataclasses.replace(_AUTOENCODER_L2.train, l2_weight=0.0, ssim_weight=1.0),
+    scoring=dataclasses.replace(_AUTOENCODER_L2.scoring, difference="ssim"),
+)  # fmt: skip
+_RIAD = dataclasses.replace(
+    _AUTOENCODER_L2, preset="riad", model=ModelConfig(network="riad", window_size=None, readout="token"),
+    train=dataclasses.replace(_AUTOENCODER_L2.train, learning_rate=1e-4, weight_decay=0.0, gms_weight=1.0,
+                              gms_scales=(1, 2, 4, 8), ssim_weight=1.0),
+    scoring=dataclasses.replace(_AUTOENCODER_L2.scoring, difference="gms", scales=(1, 2, 4, 8), blur_size=21),
+)  # fmt: skip
+
+PRESETS: dict[str, Config] = {
+    each.preset: each for each in (Config(), _FAST, _AUTOENCODER_L2, _AUTOENCODER_SSIM, _RIAD)
+}

@@ -4,12 +4,14 @@ SSIM: Wang et al., "Image quality assessment", 2004. GMS: Xue et al., "Gradient 
 Both maps lie at 1 where the images agree, and keep the size, the channels and the dtype of their input.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["box_blur", "gms_map", "multiscale_gms_difference", "ssim_map"]
+__all__ = ["Difference", "box_blur", "gms_map", "multiscale_difference", "reduced", "ssim_map"]
 
 SSIM_WINDOW = 11  # px; with SSIM_SIGMA as in Wang et al. 2004
 SSIM_SIGMA = 1.5
@@ -17,6 +19,8 @@ C1_SSIM = 0.01**2  # for pixels in [0, 1]
 C2_SSIM = 0.03**2
 C_GMS = 0.0026  # 170 / 255**2, Xue et al. 2013
 ROOT_EPSILON = 1e-12  # keeps the gradient of the root finite on flat patches; far below C_GMS
+
+Difference = Literal["gms", "ssim", "squared"]
 
 
 def ssim_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -36,17 +40,25 @@ def gms_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[T
     return (2 * magnitude_x * magnitude_y + C_GMS) / (magnitude_x**2 + magnitude_y**2 + C_GMS)
 
 
-def multiscale_gms_difference(
-    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], scales: tuple[int, ...]
+def multiscale_difference(
+    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], *, scales: tuple[int, ...], kind: Difference
 ) -> Float[Tensor, "b h w"]:
-    """1 − GMS in [0, 1] at the full size, averaged over the channels and over the images reduced by each scale."""
+    """How far two images lie apart, at the full size, averaged over the channels and over the scales.
+
+    The kind "gms" is 1 − GMS in [0, 1], "ssim" is 1 − SSIM in [0, 2], "squared" the squared difference. Both images are
+    reduced by each of the scales first.
+    """
     size = x.shape[-2:]
     total = x.new_zeros(x.shape[0], 1, *size)
     for scale in scales:
-        small_x, small_y = (F.avg_pool2d(image, scale, ceil_mode=True, count_include_pad=False) for image in (x, y))
-        difference = 1 - gms_map(small_x, small_y).mean(1, keepdim=True)
+        difference = _difference(reduced(x, scale), reduced(y, scale), kind).mean(1, keepdim=True)
         total = total + F.interpolate(difference, size=size, mode="bilinear", align_corners=False)
     return (total / len(scales)).squeeze(1)
+
+
+def reduced(images: Float[Tensor, "b c h w"], scale: int) -> Float[Tensor, "b c h2 w2"]:
+    """The images with every square of `scale` px turned into one, its mean; what is over at the border too."""
+    return images if scale == 1 else F.avg_pool2d(images, scale, ceil_mode=True, count_include_pad=False)
 
 
 def box_blur(maps: Float[Tensor, "b h w"], size_px: int) -> Float[Tensor, "b h w"]:
@@ -54,6 +66,16 @@ def box_blur(maps: Float[Tensor, "b h w"], size_px: int) -> Float[Tensor, "b h w
     reach = size_px // 2
     rows = F.avg_pool2d(maps, (size_px, 1), stride=1, padding=(reach, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, size_px), stride=1, padding=(0, reach), count_include_pad=False)
+
+
+def _difference(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], kind: Difference) -> Float[Tensor, "b c h w"]:
+    if kind == "gms":
+        return 1 - gms_map(x, y)
+    if kind == "ssim":
+        return 1 - ssim_map(x, y)
+    if kind == "squared":
+        return (x - y).square()
+    raise ValueError(f"kind is {kind!r}; expected gms, ssim or squared")
 
 
 def _gradient_magnitude(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

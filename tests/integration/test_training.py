@@ -214,14 +214,14 @@ def test_patience_ends_training(photos, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):
     monkeypatch.setattr("intra.training.engine.CHECKPOINT_EVERY_S", 0.0)
-    original, calls = engine.reconstruction_loss, []
+    original, calls = engine.step_loss, []
 
     def fails_at_12(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs) * (float("nan") if len(calls) == 12 else 1.0)
 
     with monkeypatch.context() as patch, pytest.raises(InTraError, match="no longer a number at step 12"):
-        patch.setattr(engine, "reconstruction_loss", fails_at_12)
+        patch.setattr(engine, "step_loss", fails_at_12)
         train(photos / "gear", tmp_path, steps=60, image_size=64, settings=TINY)
     assert not (tmp_path / "model.safetensors").exists()
     assert train(photos / "gear", tmp_path, steps=15, resume=True).best_validation_loss < 1

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from intra.config import TrainConfig
 from intra.geometry import flatten_patches, patchify
 from intra.similarity import gms_map, ssim_map
-from intra.training.loss import reconstruction_loss
+from intra.training.loss import patch_loss, reconstruction_loss
 
 
 def patches(count: int = 6, seed: int = 0) -> torch.Tensor:
@@ -14,7 +16,7 @@ def patches(count: int = 6, seed: int = 0) -> torch.Tensor:
 
 
 def loss(a: torch.Tensor, b: torch.Tensor, gms: float = 0.01, ssim: float = 0.01) -> torch.Tensor:
-    return reconstruction_loss(a, b, channels=3, gms_weight=gms, ssim_weight=ssim)
+    return patch_loss(a, b, channels=3, config=TrainConfig(gms_weight=gms, ssim_weight=ssim))
 
 
 def test_zero_for_equal_patches_and_above_otherwise():
@@ -52,3 +54,15 @@ def test_gradients_are_finite_on_flat_patches(fill):
 def test_bf16_patches_are_compared_in_fp32():
     x = patches()
     assert loss(x.bfloat16(), x).dtype == torch.float32
+
+
+def test_weights_and_scales_of_whole_images():
+    x, y = (torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    ssim = reconstruction_loss(x, y, config=TrainConfig(l2_weight=0.0, gms_weight=0.0, ssim_weight=3.0))
+    torch.testing.assert_close(ssim, 3 * (1 - ssim_map(x, y).mean()))
+    weights = TrainConfig(l2_weight=0.0, gms_weight=1.0, ssim_weight=0.0, gms_scales=(1, 4))
+    gms = reconstruction_loss(x, y, config=weights)
+    small = [F.avg_pool2d(each, 4) for each in (x, y)]
+    torch.testing.assert_close(gms, 1 - (gms_map(x, y).mean() + gms_map(*small).mean()) / 2)
+    half = reconstruction_loss(x, y, config=TrainConfig(l2_weight=0.5, gms_weight=0.0, ssim_weight=0.0))
+    torch.testing.assert_close(half, ((x - y) ** 2).mean() / 2)

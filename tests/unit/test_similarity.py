@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from intra.similarity import C_GMS, box_blur, gms_map, multiscale_gms_difference, ssim_map
+from intra.similarity import C_GMS, box_blur, gms_map, multiscale_difference, ssim_map
 
 MAPS = (ssim_map, gms_map)
 
@@ -88,21 +88,30 @@ def test_autocast_does_not_lower_the_precision(similarity):
         torch.testing.assert_close(similarity(x, x + 0.001 * images(2, 3, 16, 16, seed=1)), expected)
 
 
+@pytest.mark.parametrize("kind", ["gms", "ssim", "squared"])
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (5, 64)])
-def test_multiscale_difference_at_any_size(size):
+def test_multiscale_difference_at_any_size(size, kind):
     x = images(2, 3, *size)
-    difference = multiscale_gms_difference(x, x.flip(-1), (1, 2, 4))
+    difference = multiscale_difference(x, x.flip(-1), scales=(1, 2, 4), kind=kind)
     assert difference.shape == (2, *size)
-    assert 0 <= difference.min() <= difference.max() <= 1
-    assert multiscale_gms_difference(x, x, (2, 4, 8)).abs().max() < 1e-6
+    assert 0 <= difference.min() <= difference.max() <= (2 if kind == "ssim" else 1)
+    assert multiscale_difference(x, x, scales=(2, 4, 8), kind=kind).abs().max() < 1e-6
 
 
-def test_multiscale_difference_lies_where_the_change_is():
+@pytest.mark.parametrize("kind", ["gms", "ssim", "squared"])
+def test_multiscale_difference_lies_where_the_change_is(kind):
     x = images(1, 3, 64, 64)
     y = x.clone()
     y[..., 40:56, 8:24] = 0.5
-    difference = multiscale_gms_difference(x, y, (1, 2, 4))[0]
+    difference = multiscale_difference(x, y, scales=(1, 2, 4), kind=kind)[0]
     assert difference[40:56, 8:24].mean() > 20 * difference[:32].mean()
+
+
+def test_what_is_compared_at_full_size():
+    x, y = images(2, 3, 16, 20), images(2, 3, 16, 20, seed=1)
+    torch.testing.assert_close(multiscale_difference(x, y, scales=(1,), kind="squared"), ((x - y) ** 2).mean(1))
+    torch.testing.assert_close(multiscale_difference(x, y, scales=(1,), kind="ssim"), 1 - ssim_map(x, y).mean(1))
+    torch.testing.assert_close(multiscale_difference(x, y, scales=(1,), kind="gms"), 1 - gms_map(x, y).mean(1))
 
 
 @pytest.mark.parametrize("side", [1, 3, 7])

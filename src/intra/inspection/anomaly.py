@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from intra.similarity import box_blur, multiscale_gms_difference
+from intra.similarity import Difference, box_blur, multiscale_difference
 
 __all__ = ["Reference", "anomaly_map", "difference_map", "image_score"]
 
@@ -34,10 +34,11 @@ class Reference:
 
 
 def difference_map(
-    images: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], *, scales: tuple[int, ...], blur_size: int
-) -> Float[Tensor, "b h w"]:
-    """diff(x) in [0, 1]: 1 − GMS of photo and repaired image, averaged over the scales and blurred."""
-    return box_blur(multiscale_gms_difference(images, repaired, scales), blur_size)
+    images: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], *, scales: tuple[int, ...], blur_size: int,
+    kind: Difference = "gms",
+) -> Float[Tensor, "b h w"]:  # fmt: skip
+    """diff(x), in the paper 1 − GMS in [0, 1], of photo and repaired image: averaged over the scales and blurred."""
+    return box_blur(multiscale_difference(images, repaired, scales=scales, kind=kind), blur_size)
 
 
 def anomaly_map(

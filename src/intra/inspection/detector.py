@@ -25,7 +25,7 @@ from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
 from intra.inspection.device import autocast, pick_device
-from intra.inspection.inpaint import inpaint
+from intra.inspection.inpaint import repaired_views
 from intra.models import build
 
 __all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
@@ -197,12 +197,16 @@ class Detector:
 def repair(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
-    """The repaired images and the difference maps of images in [0, 1]; one way for training and inspection."""
+    """The repaired images and the difference maps of images in [0, 1]; one way for training and inspection.
+
+    Where the network repairs an image several times, the means.
+    """
     with torch.no_grad():
         with autocast(images.device, scoring.precision):
-            repaired = inpaint(model, images, patch_size=model_config.patch_size,
-                               window_size=model_config.window_size, lattice=scoring.lattice)
-        return repaired, difference_map(images, repaired, scales=scoring.scales, blur_size=scoring.blur_size)
+            views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice)
+        differences = [difference_map(images, view, scales=scoring.scales, blur_size=scoring.blur_size,
+                                      kind=scoring.difference) for view in views]
+        return torch.stack(views).mean(0), torch.stack(differences).mean(0)
 
 
 def _model_file(path: Path) -> Path:
@@ -241,12 +245,15 @@ def _check_content(
 ) -> None:
     """Raises ValueError where a file, whole as it is, cannot be the model that its header describes."""
     depth = sum(name.startswith("model.blocks.") and name.endswith(".norm1.weight") for name in tensors)
-    if depth != config.model.depth:  # before a network of that depth is built
+    if config.model.network == "intra" and depth != config.model.depth:  # before a network of that depth is built
         raise ValueError(f"depth {config.model.depth}, but {depth} blocks")
     parts = [reference.mean, *([] if reference.spread is None else [reference.spread])]
     if any(part.shape != config.model.image_size for part in parts):
         raise ValueError("a reference map of another size than the image")
-    if any(part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts, *tensors.values())):
+    counters = [tensors[name] for name in tensors if name.endswith(".num_batches_tracked")]
+    numbers_of_net = [tensors[name] for name in tensors if not name.endswith(".num_batches_tracked")]
+    if any(counter.dtype != torch.int64 for counter in counters) or any(
+            part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts, *numbers_of_net)):
         raise ValueError("numbers that are not finite, or not fp32")
     if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
         raise ValueError("a threshold or a score that is no number")

@@ -1,14 +1,38 @@
-"""The repaired image: every patch inpainted once, from what surrounds it."""
+"""The repaired image: every patch, or every cell, inpainted once, from what surrounds it."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from intra.config import ModelConfig
 from intra.geometry import covering_windows, patchify, unpatchify
+from intra.models.riad import draw_cell_sets, inpaint_cells
 
-__all__ = ["inpaint"]
+__all__ = ["inpaint", "repaired_views"]
 
 TOKENS_PER_BATCH = {"cpu": 4608, "cuda": 131072}  # 18 or 512 whole grids of 16 x 16: where each stops getting faster
+CELL_SEED = 0  # the same cells for every inspection, so that an image always gets the same score
+
+
+@torch.no_grad()
+def repaired_views(
+    model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, lattice: int
+) -> list[Float[Tensor, "b c h w"]]:
+    """The repaired images, pixels about [0, 1] (not clamped): one view of them, from RIAD one for each cell size."""
+    if model_config.network == "intra":
+        return [inpaint(model, images, patch_size=model_config.patch_size, window_size=model_config.window_size,
+                        lattice=lattice)]
+    if model_config.network == "autoencoder":
+        return [model(images).to(images.dtype)]
+    if model_config.network == "riad":
+        generator = torch.Generator().manual_seed(CELL_SEED)
+        views = []
+        for cell_size in model_config.cell_sizes:
+            hidden = draw_cell_sets(1, image_size=model_config.image_size, cell_size=cell_size,
+                                    num_sets=model_config.num_cell_sets, generator=generator)
+            views.append(inpaint_cells(model, images, hidden.to(images.device)))
+        return views
+    raise ValueError(f"network is {model_config.network!r}; expected intra, autoencoder or riad")
 
 
 @torch.no_grad()

@@ -22,10 +22,9 @@ from intra.config import ModelConfig, TrainConfig
 from intra.data.files import write_atomically
 from intra.data.images import to_unit
 from intra.errors import InTraError
-from intra.geometry import patchify
-from intra.inspection.inpaint import inpaint
+from intra.inspection.inpaint import repaired_views
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
-from intra.training.loss import reconstruction_loss
+from intra.training.loss import step_loss, validation_loss
 from intra.training.sampler import Batch, WindowSampler
 
 __all__ = ["Budget", "Fitted", "Report", "fit"]
@@ -102,7 +101,7 @@ def fit(  # noqa: PLR0913  all but three by keyword
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = _step(network, optimizer, sampler.batch(progress.step), fabric=fabric, config=config,
-                         channels=model_config.channels)
+                         model_config=model_config)
             progress.step += 1
             meter.add(loss, sampler.batch_size)
             spent = budget.spent(progress.step, progress.elapsed_s)
@@ -110,11 +109,11 @@ def fit(  # noqa: PLR0913  all but three by keyword
                 on_report(meter.report(spent, progress.best_validation_loss))
             if progress.step % sampler.steps_per_epoch == 0 or spent >= 1:
                 with fabric.autocast():
-                    validation_loss = validate(model, validation_images, config=config, model_config=model_config,
-                                               lattice=lattice)
+                    held_out_loss = validate(model, validation_images, config=config, model_config=model_config,
+                                             lattice=lattice)
                 meter.tick()
-                log.write(progress, sampler.steps_per_epoch, rate, meter, validation_loss)
-                _judge(progress, validation_loss, model, best, checkpoint)
+                log.write(progress, sampler.steps_per_epoch, rate, meter, held_out_loss)
+                _judge(progress, held_out_loss, model, best, checkpoint)
                 progress.finished = _is_finished(progress, config, budget)
             if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and not progress.finished:
                 checkpoint_now()
@@ -129,14 +128,11 @@ def fit(  # noqa: PLR0913  all but three by keyword
 
 def _step(
     network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, *, fabric: Fabric, config: TrainConfig,
-    channels: int,
+    model_config: ModelConfig,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """One step of the optimiser; returns the loss before it, still on the device."""
     network.train()
-    with fabric.autocast():
-        inpainted = network(batch.patches, batch.positions, batch.hidden)
-    loss = reconstruction_loss(inpainted, batch.patches[batch.hidden], channels=channels,
-                               gms_weight=config.gms_weight, ssim_weight=config.ssim_weight)
+    loss = step_loss(network, batch, config=config, model_config=model_config)  # Fabric's network casts by itself
     fabric.backward(loss)
     if config.gradient_clip is not None:
         fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
@@ -150,22 +146,18 @@ def validate(
     model: nn.Module, images: Shaped[Tensor, "n c h w"], *, config: TrainConfig, model_config: ModelConfig,
     lattice: int,
 ) -> float:  # fmt: skip
-    """The loss over every patch of the images, each hidden once; one random window an image would be luck."""
+    """The loss over every patch of the images, each hidden once; one random window an image would be luck.
+
+    The mean over the views where a network repairs an image several times.
+    """
     model.eval()
     total = 0.0
     for chunk in images.split(8):
         pixels = to_unit(chunk)
-        repaired = inpaint(model, pixels, patch_size=model_config.patch_size, window_size=model_config.window_size,
-                           lattice=lattice)
-        patches, target = (_all_patches(x, model_config.patch_size) for x in (repaired, pixels))
-        loss = reconstruction_loss(patches, target, channels=model_config.channels, gms_weight=config.gms_weight,
-                                   ssim_weight=config.ssim_weight)
-        total += float(loss) * len(chunk)
+        views = repaired_views(model, pixels, model_config=model_config, lattice=lattice)
+        losses = [validation_loss(view, pixels, config=config, model_config=model_config) for view in views]
+        total += float(torch.stack(losses).mean()) * len(chunk)
     return total / len(images)
-
-
-def _all_patches(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "n p"]:
-    return patchify(images, patch_size).flatten(0, 1)
 
 
 def _is_finished(progress: Progress, config: TrainConfig, budget: Budget) -> bool:

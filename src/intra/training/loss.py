@@ -1,24 +1,81 @@
-"""How far inpainted patches are from the real ones (section 3.3, equation 6 of the paper)."""
+"""How far repaired images are from the real ones (section 3.3, equation 6 of the paper), for each network.
 
+InTra is compared patch by patch, the baselines image by image. The weights are settings: docs/method.md has each
+paper's.
+"""
+
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from intra.geometry import unflatten_patches
-from intra.similarity import gms_map, ssim_map
+from intra.config import ModelConfig, TrainConfig
+from intra.geometry import patchify, unflatten_patches, unpatchify
+from intra.models.riad import draw_cell_sets, inpaint_cells
+from intra.similarity import gms_map, reduced, ssim_map
+from intra.training.sampler import Batch
 
-__all__ = ["reconstruction_loss"]
+__all__ = ["patch_loss", "reconstruction_loss", "step_loss", "validation_loss"]
+
+
+def step_loss(
+    network: nn.Module, batch: Batch, *, config: TrainConfig, model_config: ModelConfig
+) -> Float[Tensor, ""]:  # fmt: skip
+    """The loss of the network on one batch, in training.
+
+    InTra inpaints the hidden patches, the autoencoder passes whole images through, and RIAD inpaints them in cells of
+    one size, drawn for the step, the sets drawn for each image.
+    """
+    if model_config.network == "intra":
+        inpainted = network(batch.patches, batch.positions, batch.hidden)
+        return patch_loss(inpainted, batch.patches[batch.hidden], channels=model_config.channels, config=config)
+    images = unpatchify(batch.patches, model_config.grid, model_config.channels)
+    if model_config.network == "autoencoder":
+        return reconstruction_loss(network(images), images, config=config)
+    if model_config.network == "riad":
+        generator = torch.Generator().manual_seed(batch.seed)
+        size = model_config.cell_sizes[int(torch.randint(len(model_config.cell_sizes), (), generator=generator))]
+        hidden = draw_cell_sets(len(images), image_size=model_config.image_size, cell_size=size,
+                                num_sets=model_config.num_cell_sets, generator=generator)
+        repaired = inpaint_cells(network, images, hidden.to(images.device, non_blocking=True))
+        return reconstruction_loss(repaired, images, config=config)
+    raise ValueError(f"network is {model_config.network!r}; expected intra, autoencoder or riad")
+
+
+def validation_loss(
+    repaired: Float[Tensor, "b c h w"], images: Float[Tensor, "b c h w"], *, config: TrainConfig,
+    model_config: ModelConfig,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """The same measure on whole repaired images: patch by patch for InTra, else image by image."""
+    if model_config.network == "intra":
+        patches, target = (patchify(each, model_config.patch_size).flatten(0, 1) for each in (repaired, images))
+        return patch_loss(patches, target, channels=model_config.channels, config=config)
+    if model_config.network in ("autoencoder", "riad"):
+        return reconstruction_loss(repaired, images, config=config)
+    raise ValueError(f"network is {model_config.network!r}; expected intra, autoencoder or riad")
+
+
+def patch_loss(
+    inpainted: Float[Tensor, "n p"], target: Float[Tensor, "n p"], *, channels: int, config: TrainConfig
+) -> Float[Tensor, ""]:  # fmt: skip
+    """`reconstruction_loss` of patches, each a picture."""
+    pictures = [unflatten_patches(patches, channels) for patches in (inpainted, target)]
+    return reconstruction_loss(pictures[0], pictures[1], config=config)
 
 
 def reconstruction_loss(
-    inpainted: Float[Tensor, "n p"], target: Float[Tensor, "n p"], *, channels: int, gms_weight: float,
-    ssim_weight: float,
+    repaired: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"], *, config: TrainConfig
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """L2 + gms_weight·(1 − GMS) + ssim_weight·(1 − SSIM), averaged over patches in [0, 1], in fp32."""
-    inpainted, target = inpainted.float(), target.float()
-    loss = (inpainted - target).square().mean()
-    inpainted, target = (unflatten_patches(patches, channels) for patches in (inpainted, target))
-    if gms_weight:
-        loss = loss + gms_weight * (1 - gms_map(inpainted, target).mean())
-    if ssim_weight:
-        loss = loss + ssim_weight * (1 - ssim_map(inpainted, target).mean())
+    """l2_weight·L2 + gms_weight·(1 − GMS) + ssim_weight·(1 − SSIM), averaged over pictures in [0, 1], in fp32.
+
+    GMS is the mean over the pictures reduced by each of `gms_scales`.
+    """
+    repaired, target = repaired.float(), target.float()
+    loss = repaired.new_zeros(())
+    if config.l2_weight:
+        loss = loss + config.l2_weight * (repaired - target).square().mean()
+    if config.gms_weight:
+        scales = [gms_map(reduced(repaired, scale), reduced(target, scale)).mean() for scale in config.gms_scales]
+        loss = loss + config.gms_weight * (1 - torch.stack(scales).mean())
+    if config.ssim_weight:
+        loss = loss + config.ssim_weight * (1 - ssim_map(repaired, target).mean())
     return loss

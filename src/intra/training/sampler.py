@@ -3,6 +3,7 @@
 What a step sees depends on (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,11 +49,12 @@ IDENTITY = Symmetry(False, False, False)
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one step; the arguments of the network."""
+    """Windows of one step; patches, positions and hidden are InTra's arguments."""
 
     patches: Float[Tensor, "b t p"]  # pixels in [0, 1]
     positions: Int[Tensor, "b t"]
     hidden: Bool[Tensor, "b t"]
+    seed: int  # for what a network draws itself; from the run's seed and the step alone
 
 
 def allowed_symmetries(images: Shaped[Tensor, "n c h w"], *, flips: Switch, turns: Switch) -> tuple[Symmetry, ...]:
@@ -119,7 +121,8 @@ class WindowSampler:
             for part in (self._which_images(step), origins, hidden, self.symmetries[drawn])
         )
         pixels = to_unit(cut_windows(self.images, which, origins, laid, self.patch_size, self.window_shape))
-        return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden)
+        return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden,
+                     _batch_seed(self.seed, step))
 
     def _which_images(self, step: int) -> Int[Tensor, " b"]:
         """Shuffled so that within an epoch each image comes equally often; what is over at its end is dropped."""
@@ -148,6 +151,11 @@ def cut_windows(
     transpose = transpose[..., None]
     source_row, source_col = torch.where(transpose, col, row), torch.where(transpose, row, col)  # (B, WH, WW)
     return images.permute(0, 2, 3, 1)[which[:, None, None], source_row, source_col].permute(0, 3, 1, 2)
+
+
+def _batch_seed(seed: int, step: int) -> int:
+    """A number in [0, 2³²), another for each run and step: torch's CPU generator drops the higher bits of a seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4])
 
 
 def _mean(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "c h w"]:

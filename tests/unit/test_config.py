@@ -24,6 +24,31 @@ def test_a_config_survives_json(name):
     assert Config.from_dict(json.loads(json.dumps(preset(name).to_dict()))) == preset(name)
 
 
+def test_the_baselines_are_their_papers():
+    l2, ssim, riad = (preset(name) for name in ("autoencoder_l2", "autoencoder_ssim", "riad"))
+    assert l2.model == ssim.model
+    assert (l2.model.network, l2.model.latent_dim) == ("autoencoder", 100)
+    for config, weights in ((l2, (1, 0, 0)), (ssim, (0, 0, 1)), (riad, (1, 1, 1))):
+        train = config.train
+        assert (train.l2_weight, train.gms_weight, train.ssim_weight) == weights
+        assert (train.optimizer, train.schedule, config.scoring.deviation) == ("adam", "constant", "none")
+        assert train.max_steps == preset("fast").train.max_steps
+        assert config.data == preset("fast").data
+    assert (l2.train.learning_rate, l2.train.weight_decay) == (2e-4, 1e-5)
+    assert (l2.scoring.difference, ssim.scoring.difference, riad.scoring.difference) == ("squared", "ssim", "gms")
+    assert (riad.model.cell_sizes, riad.model.num_cell_sets, riad.train.learning_rate) == ((2, 4, 8, 16), 3, 1e-4)
+    assert riad.scoring.scales == riad.train.gms_scales == (1, 2, 4, 8)
+
+
+def test_settings_of_an_older_model_file_are_read():
+    values = preset("fast").to_dict()
+    for part, names in (("model", ("network", "latent_dim", "base_width", "cell_sizes", "num_cell_sets")),
+                        ("train", ("l2_weight", "gms_scales")), ("scoring", ("difference",))):
+        for name in names:
+            del values[part][name]
+    assert Config.from_dict(values) == preset("fast")
+
+
 @pytest.mark.parametrize(("key", "text", "value"), [
     ("train.batch_size", "16", 16),
     ("train.learning_rate", "3e-4", 3e-4),
@@ -62,6 +87,13 @@ def test_every_wrong_setting_is_named_at_once():
     ({"scoring.false_reject_rate": "1.5"}, "between 0 and 1"),
     ({"train.hidden_fraction": "0.5,0.2"}, "smaller one first"),
     ({"scoring.deviation": "none"}, "spread needs"),
+    ({"model.latent_dim": "0", "model.base_width": "0"}, "latent_dim is 0.*base_width is 0"),
+    ({"model.cell_sizes": "2,0", "model.num_cell_sets": "1"}, "num_cell_sets is 1.*cell_sizes is"),
+    ({"model.network": "riad", "model.window_size": "7"}, "takes whole images"),
+    ({"model.network": "unet"}, "intra, autoencoder or riad"),
+    ({"train.l2_weight": "-1"}, "l2_weight is -1.0; it must not be negative"),
+    ({"train.l2_weight": "0", "train.gms_weight": "0", "train.ssim_weight": "0"}, "nothing would be learnt"),
+    ({"train.gms_scales": "0"}, "at least one factor"),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused(settings, said):
     with pytest.raises(InTraError, match=said):
@@ -71,6 +103,7 @@ def test_values_out_of_range_are_refused(settings, said):
 @pytest.mark.parametrize(("settings", "said"), [
     ({"model.window_size": "99"}, "grid has 16x16"),
     ({"scoring.scales": "2,128"}, "leaves less than 3 px"),
+    ({"train.gms_scales": "1,8"}, "leaves less than 3 of the 16 px"),
 ])  # fmt: skip
 def test_what_does_not_fit_the_image_is_refused_once_its_size_is_known(settings, said):
     with pytest.raises(InTraError, match=said):

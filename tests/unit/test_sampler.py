@@ -75,6 +75,14 @@ def test_a_draw_depends_on_seed_and_step_alone():
     assert not torch.equal(one.batch(42).patches, sampler(images, seed=1).batch(42).patches)
 
 
+def test_the_seed_for_the_network_differs_for_each_run_and_step():
+    images = rand(5, 3, 24, 24)
+    seeds = [sampler(images, seed=seed).batch(step).seed for seed in range(3) for step in range(20)]
+    assert seeds[:20] == [sampler(images, seed=0).batch(step).seed for step in range(20)]
+    draws = {float(torch.rand((), generator=torch.Generator().manual_seed(seed))) for seed in seeds}
+    assert len(draws) == 60
+
+
 def aligned(count: int = 40) -> torch.Tensor:
     """A part that lies the same way in each photo: bright at the top left."""
     part = torch.zeros(1, 1, 32, 32)

@@ -38,8 +38,26 @@ class Autoencoder(nn.Module):
             width = outputs
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(width, latent_dim, middle))
         self.decoder = nn.Sequential(nn.ConvTranspose2d(latent_dim, width, middle), *decoder)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                _start(layer)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The repaired images, for pixels in [0, 1]; no activation at the end, so theirs may leave that range."""
         images = images.contiguous(memory_format=torch.channels_last)  # a tenth to a quarter faster on a CPU
         return self.decoder(self.encoder(images))  # (B, latent_dim, 1, 1) in between
+
+
+def _start(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Draws weights that keep the spread of what passes through (He et al., "Delving Deep into Rectifiers", 2015).
+
+    The papers name no start. With PyTorch's own, twenty layers without normalisation leave 1e-9 of what tells two
+    images apart, and hundreds of steps pass before the output depends on the input.
+    """
+    summands = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]  # of each output
+    if isinstance(layer, nn.ConvTranspose2d):  # where kernels overlap, not all of them; a 1 x 1 input has one pixel
+        overlap = layer.stride[0] * layer.stride[1]
+        summands = summands // overlap if layer.padding[0] else layer.in_channels
+    nn.init.normal_(layer.weight, std=nn.init.calculate_gain("leaky_relu", SLOPE) * summands**-0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -95,7 +95,8 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     data: DataArgument,
     out: OutOption,
     preset: Annotated[str | None, typer.Option(
-        help="fast (default; minutes on a CPU) or paper (hours on a GPU).")] = None,
+        help="fast (default; minutes on a CPU), paper (hours on a GPU), or a baseline: autoencoder_l2, "
+             "autoencoder_ssim, riad.")] = None,
     image_size: Annotated[str | None, typer.Option(metavar="auto|N|HxW", help="Height and width in px.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget: epochs.")] = None,

@@ -163,6 +163,7 @@ def nothing_in_common(info, tensors):
     lambda info, tensors: info["config"]["model"].update(depth=1000),
     lambda info, tensors: info["config"]["model"].update(depth=3_000_000),
     lambda info, tensors: info["config"]["model"].update(embed_dim=9600),
+    lambda info, tensors: info["config"]["model"].update(network="riad"),
     lambda info, tensors: info["config"]["model"].update(mlp_ratio=float("nan")),
     lambda info, tensors: info["config"]["model"].update(grid=[8, 8, 8]),
     lambda info, tensors: info["config"]["scoring"].update(deviation="foo"),

@@ -51,8 +51,8 @@ class Autoencoder(nn.Module):
 def _start(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
     """Draws weights that keep the spread of what passes through (He et al., "Delving Deep into Rectifiers", 2015).
 
-    The papers name no start. With PyTorch's own, twenty layers without normalisation leave 1e-9 of what tells two
-    images apart, and hundreds of steps pass before the output depends on the input.
+    We know of no start that the papers name. With PyTorch's own, twenty layers without normalisation leave 1e-9 of what
+    tells two images apart, and hundreds of steps pass before the output depends on the input.
     """
     summands = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]  # of each output
     if isinstance(layer, nn.ConvTranspose2d):  # where kernels overlap, not all of them; a 1 x 1 input has one pixel

@@ -111,7 +111,7 @@ class WindowSampler:
 
     def batch(self, step: int) -> Batch:
         """The windows of a step, counted from 0."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = torch.Generator().manual_seed(_draw_seed(self.seed, "windows", step))
         origins, hidden = random_windows(self.batch_size, grid=self.grid, window_shape=self.window_shape,
                                          num_hidden=self.num_hidden, generator=generator)
         drawn = torch.randint(len(self.symmetries), (self.batch_size,), generator=generator)
@@ -122,13 +122,13 @@ class WindowSampler:
         )
         pixels = to_unit(cut_windows(self.images, which, origins, laid, self.patch_size, self.window_shape))
         return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden,
-                     _batch_seed(self.seed, step))
+                     _draw_seed(self.seed, "network", step))
 
     def _which_images(self, step: int) -> Int[Tensor, " b"]:
         """Shuffled so that within an epoch each image comes equally often; what is over at its end is dropped."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + (1 << 31) + epoch)
+            generator = torch.Generator().manual_seed(_draw_seed(self.seed, "order", epoch))
             total = max(len(self.images) * self.windows_per_image, self.batch_size)
             self._epoch, self._order = epoch, torch.randperm(total, generator=generator) % len(self.images)
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
@@ -153,9 +153,9 @@ def cut_windows(
     return images.permute(0, 2, 3, 1)[which[:, None, None], source_row, source_col].permute(0, 3, 1, 2)
 
 
-def _batch_seed(seed: int, step: int) -> int:
-    """A number in [0, 2³²), another for each run and step: torch's CPU generator drops the higher bits of a seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:4])
+def _draw_seed(seed: int, purpose: str, number: int) -> int:
+    """In [0, 2³²), another for each run, purpose and number: torch's CPU generator drops the higher bits of a seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:4])
 
 
 def _mean(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "c h w"]:

@@ -18,8 +18,8 @@ __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "T
 
 FROM_THE_DATA = {("model", "grid"), ("model", "channels")}  # not set by hand: --image-size and data.channels decide
 LEAST_SIDE = 3  # px of a reduced image: fewer hold no gradient
-# px of which an image's sides must be multiples: the autoencoder halves them five times, RIAD's U-Net four times
-SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16}
+# px of which an image's sides must be multiples: a network halves them that often
+SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16, "segmenter": 16}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ModelConfig:
     base_width: int = 64  # RIAD: channels of the U-Net's first block
     cell_sizes: tuple[int, ...] = (2, 4, 8, 16)  # RIAD: px, side of the cells that are hidden
     num_cell_sets: int = 3  # RIAD: sets into which the cells are parted; each is hidden in turn
+    segmenter_width: int = 0  # InTra: channels of the first block of the segmenter beside it; 0: none, as in the paper
 
     @property
     def window_shape(self) -> tuple[int, int]:
@@ -60,6 +61,10 @@ class ModelConfig:
         found += _outside(self, 1, 2**14, "embed_dim", "latent_dim")
         found += _outside(self, 1, 1024, "base_width")
         found += _outside(self, 2, 1024, "num_cell_sets")
+        found += _outside(self, 0, 1024, "segmenter_width")
+        if self.segmenter_width and (self.network != "intra" or self.window_size is not None):
+            found.append("model.segmenter_width needs model.network=intra and model.window_size=none: the segmenter "
+                         "learns from whole images")
         if not self.cell_sizes or not 1 <= min(self.cell_sizes) <= max(self.cell_sizes) <= 1024:
             found.append(f"model.cell_sizes is {self.cell_sizes}; it needs at least one side, each 1 to 1024 px")
         if not 0 < self.mlp_ratio <= 64:
@@ -85,9 +90,10 @@ class ModelConfig:
         if self.window_size is not None and self.window_size > min(rows, cols):
             found.append(f"model.window_size is {self.window_size} patches, but the grid has {rows}x{cols}; choose a "
                          f"window of 1 to {min(rows, cols)}, or a larger --image-size")
-        multiple = SIDE_MULTIPLES[self.network]
+        part = "segmenter" if self.segmenter_width else self.network
+        multiple = SIDE_MULTIPLES[part]
         if height % multiple or width % multiple:
-            found.append(f"the image is {height}x{width} px; for model.network {self.network} both sides must be "
+            found.append(f"the image is {height}x{width} px; for the {part} both sides must be "
                          f"multiples of {multiple} px; choose another --image-size")
         for size in self.cell_sizes if self.network == "riad" else ():
             if height % size or width % size:
@@ -137,6 +143,8 @@ class TrainConfig:
     gms_weight: float = 0.01
     gms_scales: tuple[int, ...] = (1,)  # pictures are reduced by these factors before the loss compares their gradients
     ssim_weight: float = 0.01
+    segmentation_weight: float = 0.1  # of the segmenter's loss, where there is one
+    defective_context: bool = False  # inpaint from the photos in which synthetic defects were planted
     flips: Literal["auto", "on", "off"] = "on"
     turns: Literal["auto", "on", "off"] = "on"  # quarter turns
     max_epochs: int | None = 200  # the budget if none is given
@@ -156,7 +164,7 @@ class TrainConfig:
             found.append(f"train.learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 0 <= self.warmup_fraction < 1:
             found.append(f"train.warmup_fraction is {self.warmup_fraction}; it must lie between 0 and 1")
-        for name in ("weight_decay", "l2_weight", "gms_weight", "ssim_weight"):
+        for name in ("weight_decay", "l2_weight", "gms_weight", "ssim_weight", "segmentation_weight"):
             if getattr(self, name) < 0:
                 found.append(f"train.{name} is {getattr(self, name)}; it must not be negative")
         if not any((self.l2_weight, self.gms_weight, self.ssim_weight)):
@@ -179,6 +187,7 @@ class ScoringConfig:
     reference: Literal["training", "validation"] = "training"  # the good images whose maps are averaged
     max_reference_images: int | None = None  # training images for the reference, evenly spaced; None: all of them
     spread: bool = False  # divide by the good images' standard deviation at each place
+    segmenter_weight: float = 1.0  # of the segmenter's part of the anomaly map, where there is one; 0: without
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
@@ -192,6 +201,8 @@ class ScoringConfig:
         found += _unfit_scales("scoring.scales", self.scales)
         if not 0 < self.false_reject_rate < 1:
             found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
+        if self.segmenter_weight < 0:
+            found.append(f"scoring.segmenter_weight is {self.segmenter_weight}; it must not be negative")
         if self.spread and self.deviation == "none":
             found.append("scoring.spread needs scoring.deviation squared, clipped or signed")
         return found

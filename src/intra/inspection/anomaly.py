@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,18 +20,18 @@ Deviation = Literal["squared", "clipped", "signed", "none"]
 
 @dataclass(frozen=True)
 class Reference:
-    """What the difference maps of good images are like at each place."""
+    """What the evidence of good images is like at each place."""
 
-    mean: Float[Tensor, "h w"]
-    spread: Float[Tensor, "h w"] | None  # standard deviation; None: not divided by
+    mean: Float[Tensor, "k h w"]
+    spread: Float[Tensor, "h w"] | None  # standard deviation of the differences; None: not divided by
 
     @classmethod
-    def of(cls, differences: Float[Tensor, "n h w"], *, spread: bool) -> "Reference":
-        """The mean, and if wanted the standard deviation, of at least one map (two for the spread)."""
+    def of(cls, evidence: Float[Tensor, "n k h w"], *, spread: bool) -> "Reference":
+        """The mean, and if wanted the standard deviation, of at least one image (two for the spread)."""
         if not spread:
-            return cls(differences.mean(0), None)
-        deviation = differences.std(0)
-        return cls(differences.mean(0), deviation + SPREAD_FLOOR * deviation.median() + LEAST_SPREAD)
+            return cls(evidence.mean(0), None)
+        deviation = evidence[:, 0].std(0)
+        return cls(evidence.mean(0), deviation + SPREAD_FLOOR * deviation.median() + LEAST_SPREAD)
 
 
 def difference_map(
@@ -42,12 +43,31 @@ def difference_map(
 
 
 def anomaly_map(
-    differences: Float[Tensor, "b h w"], reference: Reference, *, deviation: Deviation
+    evidence: Float[Tensor, "b k h w"], reference: Reference, *, deviation: Deviation, segmenter_weight: float = 1.0
 ) -> Float[Tensor, "b h w"]:
-    """How far each difference lies from that of good images; squared in the paper. Raw, never normalised per image."""
+    """How far the evidence lies from that of good images. Raw, never normalised per image.
+
+    The evidence is the difference map and, from a model with a segmenter, its log-odds. The difference alone gives the
+    deviation, squared in the paper. With log-odds l it is log(1 + deviation) + weight · log(1 + exp(l − mean l)): both
+    grow like the log-odds of a defect, so neither needs a scale of its own (docs/decisions/0007-segmenter.md).
+    """
+    away = _deviation(evidence[:, 0], reference, deviation)
+    if evidence.shape[1] == 1 or not segmenter_weight:
+        return away
+    return torch.log1p(away.clamp(min=0)) + segmenter_weight * F.softplus(evidence[:, 1] - reference.mean[1])
+
+
+def image_score(anomaly_maps: Float[Tensor, "b h w"]) -> Float[Tensor, " b"]:
+    """The highest value of each map."""
+    return torch.amax(anomaly_maps, dim=(-2, -1))
+
+
+def _deviation(
+    differences: Float[Tensor, "b h w"], reference: Reference, deviation: Deviation
+) -> Float[Tensor, "b h w"]:
     if deviation == "none":
         return differences
-    away = differences - reference.mean
+    away = differences - reference.mean[0]
     if reference.spread is not None:
         away = away / reference.spread
     if deviation == "squared":
@@ -57,8 +77,3 @@ def anomaly_map(
     if deviation == "signed":
         return away
     raise ValueError(f"deviation is {deviation!r}; expected squared, clipped, signed or none")
-
-
-def image_score(anomaly_maps: Float[Tensor, "b h w"]) -> Float[Tensor, " b"]:
-    """The highest value of each map."""
-    return torch.amax(anomaly_maps, dim=(-2, -1))

@@ -65,19 +65,19 @@ def given_threshold(scores: Sequence[float], value: float) -> Threshold:
 
 
 def calibrate(
-    held_out: Float[Tensor, "n h w"], trained_on: Float[Tensor, "m h w"] | None, *, scoring: ScoringConfig
+    held_out: Float[Tensor, "n k h w"], trained_on: Float[Tensor, "m k h w"] | None, *, scoring: ScoringConfig
 ) -> tuple[Reference, list[float]]:
-    """The reference for anomaly maps, and the scores of the held-out good images, from difference maps.
+    """The reference for anomaly maps, and the scores of the held-out good images, from their evidence.
 
     With the reference "training" (the paper) it is taken from `trained_on`. With "validation" it is taken from the
-    held-out maps, and each held-out image is scored against the others alone, as a new image would be; that needs at
+    held-out images, and each held-out image is scored against the others alone, as a new image would be; that needs at
     least three.
     """
     if scoring.reference == "training":
         if trained_on is None:
             raise ValueError("the reference 'training' needs the maps of the training images")
         reference = Reference.of(trained_on, spread=scoring.spread)
-        return reference, image_score(anomaly_map(held_out, reference, deviation=scoring.deviation)).tolist()
+        return reference, image_score(_anomaly_map(held_out, reference, scoring)).tolist()
     if len(held_out) < LEAST_HELD_OUT:
         raise InTraError(
             f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
@@ -86,6 +86,12 @@ def calibrate(
     scores: list[float] = []
     for index in range(len(held_out)):
         others = Reference.of(torch.cat([held_out[:index], held_out[index + 1 :]]), spread=scoring.spread)
-        one = anomaly_map(held_out[index : index + 1], others, deviation=scoring.deviation)
+        one = _anomaly_map(held_out[index : index + 1], others, scoring)
         scores.append(float(image_score(one)))
     return Reference.of(held_out, spread=scoring.spread), scores
+
+
+def _anomaly_map(
+    evidence: Float[Tensor, "b k h w"], reference: Reference, scoring: ScoringConfig
+) -> Float[Tensor, "b h w"]:
+    return anomaly_map(evidence, reference, deviation=scoring.deviation, segmenter_weight=scoring.segmenter_weight)

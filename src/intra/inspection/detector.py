@@ -25,13 +25,15 @@ from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
 from intra.inspection.device import autocast, pick_device
-from intra.inspection.inpaint import repaired_views
+from intra.inspection.inpaint import log_odds, repaired_views
 from intra.models import build
+from intra.similarity import box_blur
 
 __all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
 
-FORMAT_VERSION = 1  # of model.safetensors; other versions are refused
+FORMAT_VERSION = 2  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
+SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
 
 Image = str | Path | PIL.Image.Image | np.ndarray
@@ -169,8 +171,10 @@ class Detector:
         config = self.config.model
         batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
                              for array in arrays]).to(self.device)
-        repaired, differences = repair(self.model, batch, model_config=config, scoring=self.config.scoring)
-        maps = anomaly_map(differences, self.reference, deviation=self.config.scoring.deviation)
+        scoring = self.config.scoring
+        repaired, evidence = repair(self.model, batch, model_config=config, scoring=scoring)
+        maps = anomaly_map(evidence, self.reference, deviation=scoring.deviation,
+                           segmenter_weight=scoring.segmenter_weight)
         scores = image_score(maps).tolist()
         return [
             self._verdict(score, one_map, one_repaired, array)
@@ -196,8 +200,9 @@ class Detector:
 
 def repair(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
-    """The repaired images and the difference maps of images in [0, 1]; one way for training and inspection.
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
+    """The repaired images, and the evidence of images in [0, 1]: their difference maps and, if the model has a
+    segmenter, its log-odds. One way for training and inspection.
 
     Where the network repairs an image several times, the means.
     """
@@ -206,7 +211,12 @@ def repair(
             views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice)
         differences = [difference_map(images, view, scales=scoring.scales, blur_size=scoring.blur_size,
                                       kind=scoring.difference) for view in views]
-        return torch.stack(views).mean(0), torch.stack(differences).mean(0)
+        evidence = [torch.stack(differences).mean(0)]
+        if model_config.segmenter_width and scoring.segmenter_weight:
+            with autocast(images.device, scoring.precision):
+                odds = log_odds(model, images)
+            evidence.append(box_blur(odds, SEGMENTER_BLUR))
+        return torch.stack(views).mean(0), torch.stack(evidence, dim=1)
 
 
 def _model_file(path: Path) -> Path:
@@ -248,8 +258,10 @@ def _check_content(
     if config.model.network == "intra" and depth != config.model.depth:  # before a network of that depth is built
         raise ValueError(f"depth {config.model.depth}, but {depth} blocks")
     parts = [reference.mean, *([] if reference.spread is None else [reference.spread])]
-    if any(part.shape != config.model.image_size for part in parts):
-        raise ValueError("a reference map of another size than the image")
+    num_maps = 2 if config.model.segmenter_width and config.scoring.segmenter_weight else 1
+    if reference.mean.shape != (num_maps, *config.model.image_size) or any(
+            part.shape != config.model.image_size for part in parts[1:]):
+        raise ValueError("reference maps of another number or size than the image's")
     counters = [tensors[name] for name in tensors if name.endswith(".num_batches_tracked")]
     numbers_of_net = [tensors[name] for name in tensors if not name.endswith(".num_batches_tracked")]
     if any(counter.dtype != torch.int64 for counter in counters) or any(

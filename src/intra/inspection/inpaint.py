@@ -1,6 +1,7 @@
 """The repaired image: every patch, or every cell, inpainted once, from what surrounds it."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -8,7 +9,7 @@ from intra.config import ModelConfig
 from intra.geometry import covering_windows, patchify, unpatchify
 from intra.models.riad import draw_cell_sets, inpaint_cells
 
-__all__ = ["inpaint", "repaired_views"]
+__all__ = ["inpaint", "log_odds", "repaired_views"]
 
 TOKENS_PER_BATCH = {"cpu": 4608, "cuda": 131072}  # 18 or 512 whole grids of 16 x 16: where each stops getting faster
 CELL_SEED = 0  # the same cells for every inspection, so that an image always gets the same score
@@ -33,6 +34,13 @@ def repaired_views(
             views.append(inpaint_cells(model, images, hidden.to(images.device)))
         return views
     raise ValueError(f"network is {model_config.network!r}; expected intra, autoencoder or riad")
+
+
+@torch.no_grad()
+def log_odds(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """The segmenter's log-odds of a defect at each pixel."""
+    coarse = model.segment(images).to(images.dtype)
+    return F.interpolate(coarse[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
 @torch.no_grad()

@@ -6,13 +6,15 @@ from intra.config import ModelConfig
 from intra.models.autoencoder import Autoencoder
 from intra.models.intra import InTra
 from intra.models.riad import RIAD
+from intra.models.segmenter import Segmenter
 
-__all__ = ["RIAD", "Autoencoder", "InTra", "build"]
+__all__ = ["RIAD", "Autoencoder", "InTra", "Segmenter", "build"]
 
 
 def build(config: ModelConfig) -> nn.Module:
     """The network of these settings, with fresh weights from torch's global generator."""
     if config.network == "intra":
+        width = config.segmenter_width
         return InTra(
             num_positions=config.grid[0] * config.grid[1],
             patch_dim=config.channels * config.patch_size**2,
@@ -24,6 +26,7 @@ def build(config: ModelConfig) -> nn.Module:
             value_mlp=config.value_mlp,
             long_residuals=config.long_residuals,
             readout=config.readout,
+            segmenter=Segmenter(channels=config.channels, width=width) if width else None,
         )
     if config.network == "autoencoder":
         return Autoencoder(channels=config.channels, image_size=config.image_size, latent_dim=config.latent_dim)

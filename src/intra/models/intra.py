@@ -67,12 +67,14 @@ class InTra(nn.Module):
         patch_dim: values of a patch, channels · patch_size².
         readout: "mean" maps the mean of all output tokens to the one hidden patch (the paper); "token" maps each
             hidden patch's own token, so that many may be hidden at once.
+        segmenter: a network beside it that marks defects in whole photos; it shares no weights with the transformer.
     """
 
     def __init__(
         self, *, num_positions: int = 256, patch_dim: int = 768, embed_dim: int = 512, depth: int = 13,
         num_heads: int = 8, mlp_ratio: float = 4.0, attention: Literal["mfsa", "msa"] = "mfsa",
         value_mlp: bool = False, long_residuals: bool = True, readout: Literal["mean", "token"] = "mean",
+        segmenter: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.readout = readout
@@ -86,6 +88,7 @@ class InTra(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_dim)
+        self.segmenter = segmenter
 
     def forward(
         self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
@@ -98,6 +101,11 @@ class InTra(nn.Module):
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
         """
         return self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden)
+
+    def segment(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
+        """The segmenter's log-odds of a defect in each cell of 2 × 2 px of photos in [0, 1]."""
+        assert self.segmenter is not None, "built without a segmenter"
+        return self.segmenter(photos)
 
     def embed(
         self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]

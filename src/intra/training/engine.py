@@ -24,7 +24,8 @@ from intra.data.images import to_unit
 from intra.errors import InTraError
 from intra.inspection.inpaint import repaired_views
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
-from intra.training.loss import step_loss, validation_loss
+from intra.training.defects import plant_defects
+from intra.training.loss import segmentation_loss, step_loss, validation_loss
 from intra.training.sampler import Batch, WindowSampler
 
 __all__ = ["Budget", "Fitted", "Report", "fit"]
@@ -87,6 +88,8 @@ def fit(  # noqa: PLR0913  all but three by keyword
         progress, best = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         progress.finished = _is_finished(progress, config, budget)  # the budget may be another one now
     network, optimizer = fabric.setup(model, optimizer)
+    if model_config.segmenter_width:
+        network.mark_forward_method("segment")
     log = _Log(out, keep_until=progress.step)
     meter = _Meter(progress, unit="images/s" if sampler.window_shape == sampler.grid else "windows/s")
     saved_at = time.monotonic()
@@ -148,15 +151,20 @@ def validate(
 ) -> float:  # fmt: skip
     """The loss over every patch of the images, each hidden once; one random window an image would be luck.
 
-    The mean over the views where a network repairs an image several times.
+    The mean over the views where a network repairs an image several times. A segmenter's loss is added, on defects that
+    are the same each time.
     """
     model.eval()
     total = 0.0
-    for chunk in images.split(8):
+    for number, chunk in enumerate(images.split(8)):
         pixels = to_unit(chunk)
         views = repaired_views(model, pixels, model_config=model_config, lattice=lattice)
         losses = [validation_loss(view, pixels, config=config, model_config=model_config) for view in views]
-        total += float(torch.stack(losses).mean()) * len(chunk)
+        loss = torch.stack(losses).mean()
+        if model_config.segmenter_width:
+            photos, masks = plant_defects(pixels, generator=torch.Generator().manual_seed(number))
+            loss = loss + config.segmentation_weight * segmentation_loss(model.segment(photos), masks)
+        total += float(loss) * len(chunk)
     return total / len(images)
 
 

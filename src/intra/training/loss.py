@@ -5,6 +5,7 @@ paper's.
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,9 +13,13 @@ from intra.config import ModelConfig, TrainConfig
 from intra.geometry import patchify, unflatten_patches, unpatchify
 from intra.models.riad import draw_cell_sets, inpaint_cells
 from intra.similarity import gms_map, reduced, ssim_map
+from intra.training.defects import plant_defects
 from intra.training.sampler import Batch
 
-__all__ = ["patch_loss", "reconstruction_loss", "step_loss", "validation_loss"]
+__all__ = ["patch_loss", "reconstruction_loss", "segmentation_loss", "step_loss", "validation_loss"]
+
+FOCUS = 2  # the exponent of the focal loss, as in Lin et al.
+FOCAL_WEIGHT, DICE_WEIGHT = 4.0, 0.3  # bring both to about the same size at the start
 
 
 def step_loss(
@@ -22,12 +27,21 @@ def step_loss(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """The loss of the network on one batch, in training.
 
-    InTra inpaints the hidden patches, the autoencoder passes whole images through, and RIAD inpaints them in cells of
+    InTra inpaints the hidden patches, and its segmenter, if it has one, looks for synthetic defects in the same images;
+    the autoencoder passes whole images through, and RIAD inpaints them in cells of
     one size, drawn for the step, the sets drawn for each image.
     """
     if model_config.network == "intra":
-        inpainted = network(batch.patches, batch.positions, batch.hidden)
-        return patch_loss(inpainted, batch.patches[batch.hidden], channels=model_config.channels, config=config)
+        target = batch.patches[batch.hidden]
+        if not model_config.segmenter_width:
+            inpainted = network(batch.patches, batch.positions, batch.hidden)
+            return patch_loss(inpainted, target, channels=model_config.channels, config=config)
+        images = unpatchify(batch.patches, model_config.grid, model_config.channels)
+        photos, masks = plant_defects(images, generator=torch.Generator().manual_seed(batch.seed))
+        context = patchify(photos, model_config.patch_size) if config.defective_context else batch.patches
+        inpainted = network(context, batch.positions, batch.hidden)
+        return patch_loss(inpainted, target, channels=model_config.channels, config=config) + (
+            config.segmentation_weight * segmentation_loss(network.segment(photos), masks))
     images = unpatchify(batch.patches, model_config.grid, model_config.channels)
     if model_config.network == "autoencoder":
         return reconstruction_loss(network(images), images, config=config)
@@ -60,6 +74,21 @@ def patch_loss(
     """`reconstruction_loss` of patches, each a picture."""
     pictures = [unflatten_patches(patches, channels) for patches in (inpainted, target)]
     return reconstruction_loss(pictures[0], pictures[1], config=config)
+
+
+def segmentation_loss(
+    log_odds: Float[Tensor, "b h2 w2"], masks: Float[Tensor, "b h w"]
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Focal loss (Lin et al. 2017) + soft Dice loss (Milletari et al. 2016) of a segmenter, in fp32.
+
+    The masks, 1 where a defect can be seen, are averaged over the cells of the log-odds.
+    """
+    log_odds, target = log_odds.float(), F.adaptive_avg_pool2d(masks, log_odds.shape[-2:])
+    found = log_odds.sigmoid()
+    right = found * target + (1 - found) * (1 - target)
+    focal = (F.binary_cross_entropy_with_logits(log_odds, target, reduction="none") * (1 - right) ** FOCUS).mean()
+    overlap = (2 * (found * target).sum((1, 2)) + 1) / (found.sum((1, 2)) + target.sum((1, 2)) + 1)
+    return FOCAL_WEIGHT * focal + DICE_WEIGHT * (1 - overlap).mean()
 
 
 def reconstruction_loss(

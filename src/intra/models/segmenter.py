@@ -1,0 +1,50 @@
+"""The segmenter: a small U-Net that marks defects in a photo. It learns on synthetic ones alone.
+
+Ronneberger et al., "U-Net", 2015; that pasted defects teach to find real ones: CutPaste (Li et al. 2021), DRAEM
+(Zavrtanik et al. 2021), NSA (Schlüter et al. 2022). docs/decisions/0007-segmenter.md
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["SIDE_MULTIPLE", "Segmenter"]
+
+SIDE_MULTIPLE = 16  # px: of which both sides of an image must be multiples
+WIDTHS = (1, 2, 4, 4)  # of the U-Net's levels, in units of the first
+
+
+class Segmenter(nn.Module):
+    """A U-Net on cells of 2 × 2 px, with three halvings."""
+
+    def __init__(self, *, channels: int, width: int) -> None:
+        super().__init__()
+        widths = [width * factor for factor in WIDTHS]
+        self.encoder = nn.ModuleList(
+            _block(inputs, outputs) for inputs, outputs in zip([4 * channels, *widths], widths, strict=False))
+        self.decoder = nn.ModuleList(
+            _block(widths[level + 1] + widths[level], widths[max(0, level - 1)]) for level in (2, 1, 0))
+        self.head = nn.Conv2d(widths[0], 1, 1)
+
+    def forward(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
+        """The log-odds of a defect in each cell of 2 × 2 px. Pixels in [0, 1]; h and w are multiples of 16."""
+        x = F.pixel_unshuffle(photos, 2).contiguous(memory_format=torch.channels_last)  # (B, 4 · C, H / 2, W / 2)
+        bridges: list[Tensor] = []
+        for block in self.encoder:
+            x = block(F.max_pool2d(x, 2) if bridges else x)
+            bridges.append(x)
+        x = bridges.pop()
+        for block in self.decoder:
+            bridge = bridges.pop()
+            x = F.interpolate(x, size=bridge.shape[-2:], mode="bilinear", align_corners=False)
+            x = block(torch.cat([x, bridge], dim=1))
+        return self.head(x)[:, 0]
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    """Two convolutions, each normalised over the batch; without biases, which the normalisation would take off."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+    )  # fmt: skip

@@ -26,7 +26,7 @@ from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.engine import Report
 from intra.training.run import Run, recalibrate, train
 
-__all__ = ["Cell", "Stopped", "fingerprint_of", "run_cell", "work"]
+__all__ = ["Cell", "Stopped", "commit_of_the_code", "fingerprint_of", "run_cell", "work"]
 
 ASKED_FILE = "asked.json"  # in the run's folder: what was asked for when it was begun
 ELSEWHERE = ("images", "model", "provenance", "peak_memory_mib")  # of results.json: left out, or named otherwise
@@ -142,7 +142,7 @@ def work(cell: Cell, connection: Connection) -> None:
 
 def run_cell(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Trains or recalibrates, evaluates, and writes the cell's file, whose content it returns."""
-    commit = _commit()  # of the code that runs, before anybody changes it
+    commit = commit_of_the_code()  # of the code that runs, before anybody changes it
     run = _weights(cell, tell)
     detector = Detector.load(run.path, device=cell.device)
     results = evaluate_category(detector, cell.category, out=cell.run / "results", save_maps=False,
@@ -213,7 +213,7 @@ def _peak_gpu_memory_mib(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 1024**2, 1) if device.type == "cuda" else None
 
 
-def _commit() -> str | None:
+def commit_of_the_code() -> str | None:
     """The checkout's commit, with "+changes" if this package's tracked files differ; None outside a checkout."""
     package = Path(intra.__file__).parent
 

@@ -181,7 +181,7 @@ def _listed(cells: Sequence[Cell], say: Callable[[Cell], str], comma: str = "; "
                       for text, names in sorted(said.items()))
 
 
-def _budget(budget: Mapping[str, float]) -> str:
+def _budget(budget: Mapping[str, int | float]) -> str:
     return ", ".join(f"{value:,.10g} {unit}" if value != 1 else f"1 {unit.removesuffix('s')}"
                      for unit, value in budget.items())
 

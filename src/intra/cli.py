@@ -237,9 +237,13 @@ def benchmark(
 
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise InTraError(f"--seeds is {seeds!r}; expected whole numbers such as 0,1,2")
-    with _cells_bar() as show:
-        found = measure(data, out=out, methods=methods or ["fast"], seeds=[int(seed) for seed in seeds.split(",")],
-                        steps=steps, minutes=minutes, epochs=epochs, jobs=jobs, device=device, on_cell=show)
+    try:
+        with _cells_bar() as show:
+            found = measure(data, out=out, methods=methods or ["fast"], seeds=[int(seed) for seed in seeds.split(",")],
+                            steps=steps, minutes=minutes, epochs=epochs, jobs=jobs, device=device, on_cell=show)
+    except KeyboardInterrupt:
+        _say_error("stopped; the same command goes on")
+        raise typer.Exit(1) from None
     console = _console()
     console.print(markdown(found.table), highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(found.done)} measured, {len(found.kept)} kept, {len(found.failed)} failed; wrote "

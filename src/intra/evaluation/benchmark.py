@@ -99,7 +99,7 @@ def benchmark(
     outcome.write_table()
     for cell in kept:
         outcome.end(cell, "kept", "")
-    _run([cell for cell in _sharing(cells) if cell not in kept], jobs, outcome)
+    _run([cell for cell in _sharing(cells) if not cell.file.exists()], jobs, outcome)
     return Benchmark(table_of(Path(out) / CELLS_FOLDER), tuple(outcome.done), tuple(cell.name for cell in kept),
                      outcome.failed)
 
@@ -223,7 +223,7 @@ def _run(cells: Sequence[Cell], jobs: int, outcome: _Outcome) -> None:
                     connection, one = _start(cell)
                     running[connection] = one
                     outcome.tell(cell, "running", 0.0, "starting")
-            ready = wait(list(running))
+            ready = wait(list(running)) if running else []  # without any it would wait for ever
             for connection in [connection for connection in running if connection in ready]:
                 _listen(connection, running, outcome)
     except BaseException:

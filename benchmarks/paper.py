@@ -41,7 +41,8 @@ def sit(
 ) -> list[dict[str, Any]]:
     """Trains for some minutes more and evaluates; returns the line of each sitting so far, this one last.
 
-    Raises InTraError if the learning rate depends on the budget, or the training was interrupted or had ended before.
+    Raises InTraError if the learning rate depends on the budget, or the training had ended before, and
+    KeyboardInterrupt if it was interrupted; it then has a checkpoint, but no line.
     """
     config = preset(name).with_settings(settings)
     if not 0 < minutes < math.inf:
@@ -57,7 +58,7 @@ def sit(
     run = train(category, out, preset=name, settings=settings, minutes=elapsed_before / 60 + minutes, device=device,
                 resume=True)
     if run.interrupted:
-        raise InTraError(f"interrupted after {run.num_steps} steps; the same command goes on")
+        raise KeyboardInterrupt
     if run.num_steps == steps_before:
         raise InTraError(f"training had ended before, after {steps_before} steps: no better validation loss for "
                          f"{config.train.patience} epochs")
@@ -142,6 +143,9 @@ def main() -> int:
     except InTraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 1
     print(table(lines))
     done = lines[-1]
     print(f"{done['share']:.2%} of the full budget ({EPOCHS} epochs); {done['windows']:,} windows, "

@@ -13,7 +13,7 @@ import pytest
 from intra.config import PRESETS, preset
 from intra.data.folder import find_category
 from intra.errors import InTraError
-from intra.evaluation.benchmark import benchmark
+from intra.evaluation.benchmark import _sharing, benchmark
 from intra.evaluation.cell import Cell, fingerprint_of
 from intra.evaluation.methods import parse_methods
 from intra.evaluation.tables import PAPER, markdown, table_of
@@ -87,6 +87,7 @@ def test_what_was_asked_otherwise_is_refused_by_name(cell, where):
     else:
         path, content = cell.run / "asked.json", cell.asked
     path.parent.mkdir(parents=True)
+    (path.parent / "last.ckpt").touch()
     path.write_text(json.dumps(content))
     cell.check()
     (other,) = parse_methods(["msa: fast model.attention=msa train.batch_size=4"])
@@ -100,6 +101,40 @@ def test_what_was_asked_otherwise_is_refused_by_name(cell, where):
     path.write_text(path.read_text()[:-5])
     with pytest.raises(InTraError, match="damaged"):
         cell.check()
+
+
+def test_a_cell_that_failed_before_its_training_may_be_asked_for_otherwise(cell):
+    cell.run.mkdir(parents=True)
+    (cell.run / "asked.json").write_text(json.dumps(cell.asked))
+    replace(cell, fingerprint="mended").check()
+    (cell.run / "last.ckpt").touch()
+    with pytest.raises(InTraError, match="other photos"):
+        replace(cell, fingerprint="mended").check()
+
+
+def test_who_takes_whose_weights(cell):
+    """The first trains, unless another has finished; what is begun goes on, and weights that are gone give none."""
+    methods = parse_methods(["a: fast", "b: fast scoring.spread=off", "c: fast scoring.blur_size=3",
+                             "d: fast train.flips=on"])
+    cells = [replace(cell, method=method) for method in methods]
+
+    def givers() -> list[str | None]:
+        return [one.weights_from and one.weights_from[0] for one in _sharing(cells)]
+
+    def touch(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    assert givers() == [None, "a", "a", None]
+    touch(cells[2].run / "last.ckpt")
+    assert givers() == [None, "a", None, None]
+    touch(cells[0].file)  # finished, but its run is not there
+    assert givers() == [None, None, None, None]
+    touch(cells[1].run / "model.safetensors")
+    touch(cells[1].file)
+    touch(cells[0].run / "model.safetensors")
+    cells[0].file.unlink()
+    assert givers() == ["b", None, None, None]
 
 
 def test_the_fingerprint_is_of_names_photos_and_masks(photos, tmp_path):

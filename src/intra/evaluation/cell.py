@@ -95,12 +95,15 @@ class Cell:
 
     def check(self) -> None:
         """Raises InTraError if the finished cell, or the training that was begun, is of something else."""
-        for path, key in ((self.file, "asked"), (self.run / ASKED_FILE, None)):
-            if path.exists():
-                different = _differences(_stored(path, key), self.asked)
-                if different:
-                    raise InTraError(f"{path} is of {'; '.join(different)}; choose another --out, or ask for the same")
-                return
+        if self.file.exists():
+            path, key = self.file, "asked"
+        elif self.is_begun:  # one that failed before may be asked for otherwise
+            path, key = self.run / ASKED_FILE, None
+        else:
+            return
+        different = _differences(_stored(path, key), self.asked)
+        if different:
+            raise InTraError(f"{path} is of {'; '.join(different)}; choose another --out, or ask for the same")
 
 
 def fingerprint_of(category: Category) -> str:
@@ -194,6 +197,8 @@ def _weights(cell: Cell, tell: Tell) -> Run:
             if callable(signal.getsignal(signal.SIGTERM)):  # else it has been asked to already
                 signal.raise_signal(signal.SIGTERM)  # training ends after this step, with a checkpoint
 
+    if not cell.is_begun:  # weights that were calibrated for this cell, and never scored, are no training to go on with
+        (cell.run / MODEL_FILE).unlink(missing_ok=True)
     run = train(cell.category, cell.run, preset=cell.method.preset, settings=cell.method.settings, seed=cell.seed,
                 device=cell.device, resume=True, on_report=show, on_calibration=show_calibration, **cell.budget)
     if run.interrupted:

@@ -24,7 +24,7 @@ PAPER = {
 PAPER_NOTE = ("InTra paper: Pirnay & Chai 2021, their own figures, with full-size official images; matched by the "
               "category's name, not measured here.")
 
-Cell = Mapping[str, Any]  # one JSON file of a benchmark
+Record = Mapping[str, Any]  # one JSON file of a benchmark
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def markdown(table: Table) -> str:
     return "\n".join([head, rule, *body, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
 
-def _row(method: str, cells: Sequence[Cell], categories: Sequence[str]) -> Row:
+def _row(method: str, cells: Sequence[Record], categories: Sequence[str]) -> Row:
     by_category = {name: [cell for cell in cells if cell["category"] == name] for name in categories}
     scores = {name: {figure: _score([cell["results"][figure] for cell in own]) for figure in FIGURES}
               for name, own in by_category.items() if own}
@@ -126,7 +126,7 @@ def _score(figures: Iterable[float | None]) -> Score:
     return Score(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def _mean_score(by_category: Mapping[str, Sequence[Cell]], figure: str, seeds: Sequence[int]) -> Score:
+def _mean_score(by_category: Mapping[str, Sequence[Record]], figure: str, seeds: Sequence[int]) -> Score:
     """The mean over categories, for each seed by itself; only of seeds that have every category."""
     found: list[float | None] = []
     for seed in seeds:
@@ -136,7 +136,7 @@ def _mean_score(by_category: Mapping[str, Sequence[Cell]], figure: str, seeds: S
     return _score(found)
 
 
-def _notes(cells: Sequence[Cell]) -> list[str]:
+def _notes(cells: Sequence[Record]) -> list[str]:
     """How the figures came about, so that nobody compares what cannot be compared."""
     notes = ["image / pixel AUROC in %, ± the sample standard deviation where there are several seeds; the mean is "
              "over all categories, and over the seeds that have them all."]
@@ -171,7 +171,7 @@ def _missing(rows: Sequence[Row], categories: Sequence[str]) -> list[str]:
     return said
 
 
-def _listed(cells: Sequence[Cell], say: Callable[[Cell], str], comma: str = "; ", *, methods: bool = True) -> str:
+def _listed(cells: Sequence[Record], say: Callable[[Record], str], comma: str = "; ", *, methods: bool = True) -> str:
     """What the cells say, each thing once; where they differ, with the methods that say it."""
     said: dict[str, set[str]] = {}
     for cell in cells:
@@ -186,13 +186,13 @@ def _budget(budget: Mapping[str, int | float]) -> str:
                      for unit, value in budget.items())
 
 
-def _photos(cell: Cell) -> str:
+def _photos(cell: Record) -> str:
     data = cell["data"]
     return (f"{cell['category']} {data['image_size'][0]}×{data['image_size'][1]} px, {data['num_train']} to train on, "
             f"{data['num_validation']} held out, {data['num_test']} to test")
 
 
-def _hardware(cell: Cell) -> str:
+def _hardware(cell: Record) -> str:
     found = cell["hardware"]
     return (f"{found['device_name']}, {_counted(found['threads'], 'thread')}, "
             f"{_counted(found['jobs'], 'cell')} at a time")

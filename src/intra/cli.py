@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from intra.data.folder import Category, Summary
+    from intra.evaluation.benchmark import Event
     from intra.training.engine import Report
 
 __all__ = ["app", "main"]
@@ -212,6 +213,46 @@ def demo(
     _print_figures(found)
 
 
+@app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 4200 "
+                    "--method fast --method 'msa: fast model.attention=msa'`")
+def benchmark(
+    data: Annotated[list[Path], typer.Argument(
+        metavar="DATA...", help="Categories in MVTec's layout, or folders of several.")],
+    out: OutOption,
+    methods: Annotated[list[str] | None, typer.Option(
+        "--method", metavar="METHOD", help="PRESET, or 'NAME: PRESET key=value key=value'; may be repeated. Default: "
+                                           "fast.")] = None,
+    seeds: Annotated[str, typer.Option(help="Of the trainings, e.g. 0,1,2.")] = "0",
+    minutes: Annotated[float | None, typer.Option(help="Budget of each training: minutes.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget of each training: epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget of each training: optimiser steps.")] = None,
+    jobs: Annotated[int, typer.Option(help="Trainings at a time; they share the threads.")] = 1,
+    device: DeviceOption = "auto",
+) -> None:  # fmt: skip
+    """Methods x categories x seeds: DIR/table.md and DIR/table.json, beside the paper's figures.
+
+    The same command goes on where it was stopped. Exit 1 if some could not be measured; they are tried again then.
+    """
+    from intra.evaluation.benchmark import benchmark as measure
+    from intra.evaluation.tables import markdown
+
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise InTraError(f"--seeds is {seeds!r}; expected whole numbers such as 0,1,2")
+    try:
+        with _cells_bar() as show:
+            found = measure(data, out=out, methods=methods or ["fast"], seeds=[int(seed) for seed in seeds.split(",")],
+                            steps=steps, minutes=minutes, epochs=epochs, jobs=jobs, device=device, on_cell=show)
+    except KeyboardInterrupt:
+        _say_error("stopped; the same command goes on")
+        raise typer.Exit(1) from None
+    console = _console()
+    console.print(markdown(found.table), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(found.done)} measured, {len(found.kept)} kept, {len(found.failed)} failed; wrote "
+                  f"{out / 'table.md'}", highlight=False, markup=False, soft_wrap=True)
+    if found.failed:
+        raise typer.Exit(1)
+
+
 def _print_category(category: "Category", summary: "Summary") -> None:
     """What will be used for what."""
     console = _console()
@@ -312,6 +353,30 @@ def _bar(label: str, *, unit: str) -> "Iterator[Callable[..., None]]":
             progress.update(task, rate=f"{speed:.1f} {unit}" if speed else "")
 
         yield step
+
+
+@contextmanager
+def _cells_bar() -> "Iterator[Callable[[Event], None]]":
+    """A progress bar for each cell of a benchmark that runs; yields what shows an event. Ended ones get a line."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False),
+                  transient=True) as progress:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def show(event: "Event") -> None:
+            if event.state == "running":
+                if event.cell not in tasks:
+                    tasks[event.cell] = progress.add_task(event.cell, total=1.0, text="")
+                progress.update(tasks[event.cell], completed=event.share, text=event.text)
+                return
+            if event.cell in tasks:
+                progress.remove_task(tasks.pop(event.cell))
+            progress.console.print(f"{event.num_ended}/{event.num_cells} {event.cell}: {event.state}  {event.text}",
+                                   style="red" if event.state == "failed" else None, highlight=False, markup=False,
+                                   soft_wrap=True)
+
+        yield show
 
 
 @contextmanager

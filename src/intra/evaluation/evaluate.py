@@ -61,9 +61,10 @@ def evaluate(
 
 
 def evaluate_category(
-    detector: Detector, category: Category, *, out: str | Path, on_progress: Progress | None = None
-) -> dict[str, Any]:
-    """Like `evaluate`, for a category that is already found.
+    detector: Detector, category: Category, *, out: str | Path, save_maps: bool = True,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Like `evaluate`, for a category that is already found; without `save_maps` it writes no maps/.
 
     `seconds_per_image` is wall time from the decoded image to its verdict, without the first batch if there are
     several. Pixel metrics count every test image, good ones without any defect; defective ones without a mask are left
@@ -76,7 +77,8 @@ def evaluate_category(
         which = "test images that the model was not trained on" if left_out else "test images"
         raise InTraError(f"{category.root} has no {which}; expected test/good and test/DEFECT, or for a plain folder "
                          "--anomalous FOLDER, with unseen good images in its sub-folder good")
-    inspected = _inspect(detector, tests, root=category.root, out=out, on_progress=on_progress)
+    maps = out / "maps" if save_maps else None
+    inspected = _inspect(detector, tests, root=category.root, maps=maps, on_progress=on_progress)
     figures, reasons, curves = _figures(inspected, detector.threshold)
     results = {
         "category": category.name,
@@ -118,7 +120,7 @@ class _Inspected:
 
 
 def _inspect(
-    detector: Detector, tests: Sequence[LabelledImage], *, root: Path, out: Path, on_progress: Progress | None
+    detector: Detector, tests: Sequence[LabelledImage], *, root: Path, maps: Path | None, on_progress: Progress | None
 ) -> _Inspected:
     """Decodes each image once, batch by batch; keeps maps in memory only if there are masks to hold them against."""
     inspected, saved = _Inspected(), set[Path]()
@@ -135,7 +137,8 @@ def _inspect(
                                    "score": prediction.score, "is_anomalous": prediction.is_anomalous})
             inspected.gallery.add(image, prediction, path=path.as_posix(), defect=test.defect, label=test.label,
                                   truth=truth)
-            _save_map(prediction, test, out / "maps", saved)
+            if maps is not None:
+                _save_map(prediction, test, maps, saved)
             if keep_maps and truth is not None:
                 inspected.maps.append(prediction.anomaly_map)
                 inspected.masks.append(truth)
@@ -303,9 +306,14 @@ def _processor() -> str:
 
 def _peak_memory_mib() -> float | None:
     """The most memory that this process has held so far; None where the system does not count it (Windows)."""
+    status = Path("/proc/self/status")  # Linux; getrusage there also counts what the process held that started this one
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     try:
         import resource
     except ImportError:
         return None
-    unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    unit = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

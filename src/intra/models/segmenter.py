@@ -24,7 +24,8 @@ class Segmenter(nn.Module):
         self.encoder = nn.ModuleList(
             _block(inputs, outputs) for inputs, outputs in zip([4 * channels, *widths], widths, strict=False))
         self.decoder = nn.ModuleList(
-            _block(widths[level + 1] + widths[level], widths[max(0, level - 1)]) for level in (2, 1, 0))
+            _block(below + bridge, outputs) for below, bridge, outputs in (
+                (widths[3], widths[2], widths[1]), (widths[1], widths[1], widths[0]), (widths[0], widths[0], widths[0])))
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:

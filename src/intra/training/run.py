@@ -29,7 +29,7 @@ from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.engine import Budget, Report, fit
 from intra.training.sampler import WindowSampler, allowed_symmetries
 
-__all__ = ["Run", "train"]
+__all__ = ["Run", "recalibrate", "train"]
 
 LARGEST_SIDE = 8192  # px
 
@@ -98,12 +98,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         config = _resolve(wanted, category)
     else:
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
-    images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
-    train_index, validation_index = _split(len(images), config, seed)
-    if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
-        raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
-                         f"{len(validation_index)}; give more photos, or set a larger data.validation_fraction")
-    training, validation = images[train_index].to(chosen), images[validation_index].to(chosen)
+    training, validation = (images.to(chosen) for images in _read_split(category, config, seed))
     sampler = _sampler(training, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -127,6 +122,52 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     detector.save(out / MODEL_FILE)
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
+
+
+def recalibrate(
+    run: str | Path,
+    data: str | Path | Category,
+    *,
+    out: str | Path,
+    settings: Mapping[str, str],
+    device: str = "auto",
+    normal: str | Path | None = None,
+    on_calibration: Callable[[int, int], None] | None = None,
+) -> Run:
+    """A run's weights under other scoring settings, with a new reference and threshold, in `out`/model.safetensors.
+
+    The same good images are held out as in the training, so the outcome is that of a training anew with these settings
+    (scoring.lattice excepted: it also decides which weights a training keeps).
+
+    Args:
+        run: the folder of the run, or its model file.
+        data: what it was trained on.
+        settings: `scoring.*` alone, by text: `{"scoring.spread": "off"}`.
+        on_calibration: called with the number of good images inspected so far, and of all.
+
+    Raises InTraError if a setting is none of scoring, the images are no longer those, or `out` is the run itself.
+    """
+    category = data if isinstance(data, Category) else find_category(data, normal=normal)
+    others = [key for key in settings if not key.startswith("scoring.")]
+    if others:
+        raise InTraError(f"{', '.join(others)} cannot be changed without training anew; only scoring.* can")
+    target = Path(out) / MODEL_FILE
+    if target.resolve() in (Path(run).resolve(), (Path(run) / MODEL_FILE).resolve()):
+        raise InTraError(f"{target} holds the weights to start from; choose another --out")
+    loaded = Detector.load(run, device=device)
+    known = loaded.provenance
+    if known.get("training_images") != _fingerprints(category):
+        raise InTraError(f"the images of {category.root} are no longer those that {run} was trained on; put them back, "
+                         "or train anew")
+    config = loaded.config.with_settings(settings)
+    config.check_grid()
+    training, validation = (images.to(loaded.device) for images in _read_split(category, config, known["seed"]))
+    provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
+                                           "intra": intra.__version__, "settings": dict(settings)}}
+    _calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration).save(target)
+    best_loss = known["best_validation_loss"]
+    return Run(Path(out), target, math.inf if best_loss is None else best_loss, known["steps"], known["elapsed_s"],
+               interrupted=False)
 
 
 def _wanted(name: str | None, image_size: str | int | tuple[int, int] | None, settings: Mapping[str, str] | None
@@ -192,6 +233,18 @@ def _fingerprints(category: Category) -> dict[str, str]:
         name = path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else path.name
         found[name] = sha256_of(path)
     return found
+
+
+def _read_split(
+    category: Category, config: Config, seed: int
+) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
+    """The good images that train, and those held out. Raises InTraError if there are too few for the settings."""
+    images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
+    train_index, validation_index = _split(len(images), config, seed)
+    if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
+        raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
+                         f"{len(validation_index)}; give more photos, or set a larger data.validation_fraction")
+    return images[train_index], images[validation_index]
 
 
 def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:

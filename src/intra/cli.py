@@ -192,7 +192,7 @@ def predict(
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 700,
+    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 400,
     device: DeviceOption = "auto",
 ) -> None:
     """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""
@@ -213,7 +213,7 @@ def demo(
     _print_figures(found)
 
 
-@app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 4200 "
+@app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 2400 "
                     "--method fast --method 'msa: fast model.attention=msa'`")
 def benchmark(
     data: Annotated[list[Path], typer.Argument(

@@ -19,36 +19,36 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_papers_map_by_hand():
-    reference = Reference.of(torch.stack([torch.full((4, 4), 0.1), torch.full((4, 4), 0.3)]), spread=False)
-    differences = torch.tensor([0.2, 0.5, 0.0])[:, None, None].expand(3, 4, 4)
+    reference = Reference.of(torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 0.3)]), spread=False)
+    differences = torch.tensor([0.2, 0.5, 0.0])[:, None, None, None].expand(3, 1, 4, 4)
     squared = anomaly_map(differences, reference, deviation="squared")
     torch.testing.assert_close(image_score(squared), torch.tensor([0.0, 0.09, 0.04]))
     clipped = anomaly_map(differences, reference, deviation="clipped")
     torch.testing.assert_close(image_score(clipped), torch.tensor([0.0, 0.3, 0.0]))
     signed = anomaly_map(differences, reference, deviation="signed")
     torch.testing.assert_close(image_score(signed), torch.tensor([0.0, 0.3, -0.2]))
-    assert torch.equal(anomaly_map(differences, reference, deviation="none"), differences)
+    assert torch.equal(anomaly_map(differences, reference, deviation="none"), differences[:, 0])
 
 
 def test_maps_are_raw():
     """Trap 7: a map that is scaled by its own range cannot rank images."""
-    reference = Reference.of(torch.zeros(2, 8, 8), spread=False)
-    weak, strong = (torch.zeros(1, 8, 8).index_fill(1, torch.tensor([3]), value) for value in (0.1, 0.4))
+    reference = Reference.of(torch.zeros(2, 1, 8, 8), spread=False)
+    weak, strong = (torch.zeros(1, 1, 8, 8).index_fill(2, torch.tensor([3]), value) for value in (0.1, 0.4))
     scores = [image_score(anomaly_map(maps, reference, deviation="squared")).item() for maps in (weak, strong)]
     assert scores[1] == pytest.approx(16 * scores[0])
 
 
 def test_spread_makes_restless_places_count_less():
-    good = torch.zeros(50, 1, 2)
-    good[:, 0, 0] = 0.01 * torch.randn(50, generator=torch.Generator().manual_seed(0))
-    good[:, 0, 1] = 0.20 * torch.randn(50, generator=torch.Generator().manual_seed(1))
-    away = anomaly_map(torch.full((1, 1, 2), 0.3), Reference.of(good, spread=True), deviation="signed")
+    good = torch.zeros(50, 1, 1, 2)
+    good[:, 0, 0, 0] = 0.01 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    good[:, 0, 0, 1] = 0.20 * torch.randn(50, generator=torch.Generator().manual_seed(1))
+    away = anomaly_map(torch.full((1, 1, 1, 2), 0.3), Reference.of(good, spread=True), deviation="signed")
     assert away[0, 0, 0] > 1.5 * away[0, 0, 1]
     assert away.isfinite().all()
 
 
 def test_spread_of_equal_maps_is_not_zero():
-    away = anomaly_map(rand(1, 4, 4), Reference.of(torch.full((5, 4, 4), 0.5), spread=True), deviation="squared")
+    away = anomaly_map(rand(1, 1, 4, 4), Reference.of(torch.full((5, 1, 4, 4), 0.5), spread=True), deviation="squared")
     assert away.isfinite().all()
 
 
@@ -63,7 +63,7 @@ def test_difference_lies_where_the_image_changed():
 
 def test_a_held_out_image_is_scored_against_the_others():
     """An odd image among the held-out ones must not be excused by its own part in the mean."""
-    maps = 0.1 * rand(6, 8, 8)
+    maps = 0.1 * rand(6, 1, 8, 8)
     maps[2] += 1
     scoring = ScoringConfig(reference="validation")
     reference, scores = calibrate(maps, None, scoring=scoring)
@@ -73,15 +73,15 @@ def test_a_held_out_image_is_scored_against_the_others():
 
 
 def test_the_papers_reference_is_the_training_images():
-    trained_on, held_out = 0.1 * rand(9, 8, 8), 0.2 * rand(4, 8, 8, seed=1)
+    trained_on, held_out = 0.1 * rand(9, 1, 8, 8), 0.2 * rand(4, 1, 8, 8, seed=1)
     reference, scores = calibrate(held_out, trained_on, scoring=ScoringConfig())
     torch.testing.assert_close(reference.mean, trained_on.mean(0))
-    torch.testing.assert_close(torch.tensor(scores), image_score((held_out - trained_on.mean(0)) ** 2))
+    torch.testing.assert_close(torch.tensor(scores), image_score((held_out - trained_on.mean(0))[:, 0] ** 2))
 
 
 def test_too_few_held_out_images_are_refused():
     with pytest.raises(InTraError, match="at least 3"):
-        calibrate(rand(2, 4, 4), None, scoring=dataclasses.replace(ScoringConfig(), reference="validation"))
+        calibrate(rand(2, 1, 4, 4), None, scoring=dataclasses.replace(ScoringConfig(), reference="validation"))
 
 
 def test_threshold_by_hand():

@@ -1,5 +1,7 @@
 """The repaired image: every patch, or every cell, inpainted once, from what surrounds it."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from intra.config import ModelConfig
 from intra.geometry import covering_windows, patchify, unpatchify
+from intra.models import InTra
 from intra.models.riad import draw_cell_sets, inpaint_cells
 
 __all__ = ["inpaint", "log_odds", "repaired_views"]
@@ -39,7 +42,7 @@ def repaired_views(
 @torch.no_grad()
 def log_odds(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
     """The segmenter's log-odds of a defect at each pixel."""
-    coarse = model.segment(images).to(images.dtype)
+    coarse = cast(InTra, model).segment(images).to(images.dtype)
     return F.interpolate(coarse[:, None], size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 

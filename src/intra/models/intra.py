@@ -70,7 +70,7 @@ class InTra(nn.Module):
         segmenter: a network beside it that marks defects in whole photos; it shares no weights with the transformer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the settings of the network, all by keyword
         self, *, num_positions: int = 256, patch_dim: int = 768, embed_dim: int = 512, depth: int = 13,
         num_heads: int = 8, mlp_ratio: float = 4.0, attention: Literal["mfsa", "msa"] = "mfsa",
         value_mlp: bool = False, long_residuals: bool = True, readout: Literal["mean", "token"] = "mean",

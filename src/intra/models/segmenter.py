@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["SIDE_MULTIPLE", "Segmenter"]
+__all__ = ["Segmenter"]
 
-SIDE_MULTIPLE = 16  # px: of which both sides of an image must be multiples
 WIDTHS = (1, 2, 4, 4)  # of the U-Net's levels, in units of the first
 
 
@@ -23,9 +22,11 @@ class Segmenter(nn.Module):
         widths = [width * factor for factor in WIDTHS]
         self.encoder = nn.ModuleList(
             _block(inputs, outputs) for inputs, outputs in zip([4 * channels, *widths], widths, strict=False))
-        self.decoder = nn.ModuleList(
-            _block(below + bridge, outputs) for below, bridge, outputs in (
-                (widths[3], widths[2], widths[1]), (widths[1], widths[1], widths[0]), (widths[0], widths[0], widths[0])))
+        self.decoder = nn.ModuleList([
+            _block(widths[3] + widths[2], widths[1]),
+            _block(2 * widths[1], widths[0]),
+            _block(2 * widths[0], widths[0]),
+        ])
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
@@ -38,14 +39,13 @@ class Segmenter(nn.Module):
         x = bridges.pop()
         for block in self.decoder:
             bridge = bridges.pop()
-            x = F.interpolate(x, size=bridge.shape[-2:], mode="bilinear", align_corners=False)
-            x = block(torch.cat([x, bridge], dim=1))
+            x = block(torch.cat([F.interpolate(x, scale_factor=2), bridge], dim=1))
         return self.head(x)[:, 0]
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two convolutions, each normalised over the batch; without biases, which the normalisation would take off."""
+    """Two convolutions, normalised once over the batch: a second time costs as much as both and gives no more."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(),
         nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
     )  # fmt: skip

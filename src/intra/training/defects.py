@@ -29,10 +29,10 @@ class _Draw:
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
-    def between(self, low: float, high: float) -> float:
+    def between(self, low: int | float, high: int | float) -> float:
         return low + (high - low) * float(torch.rand((), generator=self.generator))
 
-    def log_between(self, low: float, high: float) -> float:
+    def log_between(self, low: int | float, high: int | float) -> float:
         return math.exp(self.between(math.log(low), math.log(high)))
 
     def below(self, count: int) -> int:
@@ -41,7 +41,7 @@ class _Draw:
     def chance(self, share: float) -> bool:
         return self.between(0, 1) < share
 
-    def vector(self, length: int, low: float, high: float) -> Float[Tensor, "length 1 1"]:
+    def vector(self, length: int, low: int | float, high: int | float) -> Float[Tensor, "length 1 1"]:
         return low + (high - low) * torch.rand(length, 1, 1, generator=self.generator)
 
 
@@ -68,7 +68,7 @@ def _plant(
     image: Float[Tensor, "c h w"], donor: Float[Tensor, "c h w"], draw: _Draw
 ) -> tuple[Float[Tensor, "c h w"], Float[Tensor, "h w"]]:
     """One more defect: what fills it, how opaque it is and how soft its border is are drawn."""
-    region, extent = _region(image.shape[-2:], draw, image.device)
+    region, extent = _region(_size(image), draw, image.device)
     fill, least_opacity = _fill(image, donor, draw)
     soft = region.float()
     border = (1, 3, 5, 9)[draw.below(4)]
@@ -105,7 +105,7 @@ def _region(size: tuple[int, int], draw: _Draw, device: torch.device) -> tuple[B
 
 def _fill(
     image: Float[Tensor, "c h w"], donor: Float[Tensor, "c h w"], draw: _Draw
-) -> tuple[Float[Tensor, "c h w"], float]:
+) -> tuple[Float[Tensor, "c #h #w"], float]:
     """A whole image of what a defect may show, and the least opacity at which it is seen."""
     fills: tuple[tuple[float, Callable[[], Tensor], float], ...] = (  # share, fill, least opacity
         (0.30, lambda: _pasted(donor, draw), 0.35),
@@ -116,11 +116,8 @@ def _fill(
         (0.15, lambda: _shaded(image, draw), 0.35),
         (0.05, lambda: image + draw.between(0.05, 0.2) * _noise_like(image, draw.between(1, 4), draw), 1.0),
     )
-    left = draw.between(0, sum(share for share, _, _ in fills))
-    for share, fill, least_opacity in fills:
-        left -= share
-        if left <= 0:
-            break
+    shares = torch.tensor([share for share, _, _ in fills])
+    _, fill, least_opacity = fills[int(shares.multinomial(1, generator=draw.generator))]
     return fill(), least_opacity
 
 
@@ -150,7 +147,7 @@ def _own_colour(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c 
 def _any_texture(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c h w"]:
     """Smooth noise of any colour and any fineness."""
     colour = draw.vector(len(image), 0, 1).to(image.device)
-    noise = _smooth_noise(1, image.shape[-2:], draw.between(2, 16), draw, image.device)
+    noise = _smooth_noise(1, _size(image), draw.between(2, 16), draw, image.device)
     return (colour + draw.between(0.02, 0.25) * noise).clamp(0, 1)
 
 
@@ -160,8 +157,12 @@ def _shaded(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c h w"
     return shaded + draw.vector(len(image), -0.15, 0.15).to(image.device) if draw.chance(0.5) else shaded
 
 
+def _size(image: Float[Tensor, "c h w"]) -> tuple[int, int]:
+    return image.shape[1], image.shape[2]
+
+
 def _noise_like(image: Float[Tensor, "c h w"], period_px: float, draw: _Draw) -> Float[Tensor, "c h w"]:
-    return _smooth_noise(len(image), image.shape[-2:], period_px, draw, image.device)
+    return _smooth_noise(len(image), _size(image), period_px, draw, image.device)
 
 
 def _smooth_noise(

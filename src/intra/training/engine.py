@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -23,6 +23,7 @@ from intra.data.files import write_atomically
 from intra.data.images import to_unit
 from intra.errors import InTraError
 from intra.inspection.inpaint import repaired_views
+from intra.models import InTra
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from intra.training.defects import plant_defects
 from intra.training.loss import segmentation_loss, step_loss, validation_loss
@@ -163,7 +164,7 @@ def validate(
         loss = torch.stack(losses).mean()
         if model_config.segmenter_width:
             photos, masks = plant_defects(pixels, generator=torch.Generator().manual_seed(number))
-            loss = loss + config.segmentation_weight * segmentation_loss(model.segment(photos), masks)
+            loss = loss + config.segmentation_weight * segmentation_loss(cast(InTra, model).segment(photos), masks)
         total += float(loss) * len(chunk)
     return total / len(images)
 

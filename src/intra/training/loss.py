@@ -4,6 +4,8 @@ InTra is compared patch by patch, the baselines image by image. The weights are 
 paper's.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from intra.config import ModelConfig, TrainConfig
 from intra.geometry import patchify, unflatten_patches, unpatchify
+from intra.models import InTra
 from intra.models.riad import draw_cell_sets, inpaint_cells
 from intra.similarity import gms_map, reduced, ssim_map
 from intra.training.defects import plant_defects
@@ -41,7 +44,7 @@ def step_loss(
         context = patchify(photos, model_config.patch_size) if config.defective_context else batch.patches
         inpainted = network(context, batch.positions, batch.hidden)
         return patch_loss(inpainted, target, channels=model_config.channels, config=config) + (
-            config.segmentation_weight * segmentation_loss(network.segment(photos), masks))
+            config.segmentation_weight * segmentation_loss(cast(InTra, network).segment(photos), masks))
     images = unpatchify(batch.patches, model_config.grid, model_config.channels)
     if model_config.network == "autoencoder":
         return reconstruction_loss(network(images), images, config=config)
@@ -83,7 +86,7 @@ def segmentation_loss(
 
     The masks, 1 where a defect can be seen, are averaged over the cells of the log-odds.
     """
-    log_odds, target = log_odds.float(), F.adaptive_avg_pool2d(masks, log_odds.shape[-2:])
+    log_odds, target = log_odds.float(), F.adaptive_avg_pool2d(masks, (log_odds.shape[1], log_odds.shape[2]))
     found = log_odds.sigmoid()
     right = found * target + (1 - found) * (1 - target)
     focal = (F.binary_cross_entropy_with_logits(log_odds, target, reduction="none") * (1 - right) ** FOCUS).mean()

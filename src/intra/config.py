@@ -39,6 +39,7 @@ class ModelConfig:
     value_mlp: bool = False  # MFSA: an MLP for v as well; one summary of the paper names it
     long_residuals: bool = True
     readout: Literal["mean", "token"] = "mean"
+    conditional_positions: bool = False  # a 3 x 3 convolution over the grid of tokens before each block
     latent_dim: int = 100  # autoencoder: values to which an image is reduced
     base_width: int = 64  # RIAD: channels of the U-Net's first block
     cell_sizes: tuple[int, ...] = (2, 4, 8, 16)  # RIAD: px, side of the cells that are hidden
@@ -337,13 +338,14 @@ def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
 # docs/decisions/0007-segmenter.md
 _FAST = Config(
     preset="fast",
-    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token", segmenter_width=24),
+    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token",
+                      conditional_positions=True, segmenter_width=24),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
-        max_steps=2400, patience=None, gradient_clip=1.0,
+        max_steps=2200, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,

@@ -21,6 +21,8 @@ VARIANTS = {
     "no_long_residuals": dataclasses.replace(SMALL, long_residuals=False),
     "one_channel_deep": dataclasses.replace(SMALL, channels=1, depth=6, window_size=4),
     "window_with_token_readout": dataclasses.replace(SMALL, readout="token"),
+    "convolved": dataclasses.replace(SMALL_LATTICE, conditional_positions=True),
+    "convolved_windows": dataclasses.replace(SMALL, conditional_positions=True),
 }
 
 
@@ -62,9 +64,11 @@ def test_every_parameter_gets_a_finite_gradient(config):
             assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("conditional_positions", [False, True])
 @pytest.mark.parametrize("num_hidden", [1, 7])
-def test_hidden_pixels_have_no_influence(num_hidden):
-    config = SMALL if num_hidden == 1 else SMALL_LATTICE
+def test_hidden_pixels_have_no_influence(num_hidden, conditional_positions):
+    config = dataclasses.replace(SMALL if num_hidden == 1 else SMALL_LATTICE,
+                                 conditional_positions=conditional_positions)
     model = make(config)
     patches, positions, hidden = windows(config, num_hidden=num_hidden)
     patches.requires_grad_()
@@ -72,6 +76,16 @@ def test_hidden_pixels_have_no_influence(num_hidden):
     assert patches.grad is not None
     assert patches.grad[hidden].eq(0).all()
     assert patches.grad[~hidden].abs().amax(-1).gt(0).all()
+
+
+def test_a_convolved_token_sees_its_eight_neighbours():
+    """In the grid, not in the order of memory: 6 rows of 5 patches."""
+    model = make(dataclasses.replace(SMALL_LATTICE, conditional_positions=True))
+    tokens = torch.zeros(1, 30, 32, requires_grad=True)
+    model.look_around(tokens, 0)[0, 12].sum().backward()  # row 2, col 2
+    assert tokens.grad is not None
+    seen = tokens.grad[0].abs().sum(-1).nonzero().flatten().tolist()
+    assert seen == [6, 7, 8, 11, 12, 13, 16, 17, 18]
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_LATTICE], ids=["mean", "token"])

@@ -26,6 +26,7 @@ def build(config: ModelConfig) -> nn.Module:
             value_mlp=config.value_mlp,
             long_residuals=config.long_residuals,
             readout=config.readout,
+            convolved=config.window_shape if config.conditional_positions else None,
             segmenter=Segmenter(channels=config.channels, width=width) if width else None,
         )
     if config.network == "autoencoder":

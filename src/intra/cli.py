@@ -213,7 +213,7 @@ def demo(
     _print_figures(found)
 
 
-@app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 2400 "
+@app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 2000 "
                     "--method fast --method 'msa: fast model.attention=msa'`")
 def benchmark(
     data: Annotated[list[Path], typer.Argument(

@@ -345,7 +345,7 @@ _FAST = Config(
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
-        max_steps=2200, patience=None, gradient_clip=1.0,
+        max_steps=2000, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,

@@ -68,9 +68,9 @@ def test_same_seed_same_weights(photos, tmp_path):
 @pytest.mark.parametrize("settings", [
     {},
     {"train.precision": "bf16"},
-    {"model.window_size": "3", "model.readout": "mean", "train.hidden_fraction": "none", "train.batch_size": "32",
-     "train.optimizer": "adam", "train.flips": "on", "train.turns": "on"},
-    {"model.network": "riad", "model.base_width": "4", "model.cell_sizes": "2,8",
+    {"model.window_size": "3", "model.segmenter_width": "0", "model.readout": "mean", "train.hidden_fraction": "none",
+     "train.batch_size": "32", "train.optimizer": "adam", "train.flips": "on", "train.turns": "on"},
+    {"model.network": "riad", "model.segmenter_width": "0", "model.base_width": "4", "model.cell_sizes": "2,8",
      "model.num_cell_sets": "2"},
 ], ids=["lattice", "bf16", "paper", "riad"])  # fmt: skip
 def test_resumed_equals_uninterrupted(photos, tmp_path, settings):

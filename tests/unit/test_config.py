@@ -100,7 +100,7 @@ def test_values_out_of_range_are_refused(settings, said):
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    ({"model.window_size": "99"}, "grid has 16x16"),
+    ({"model.window_size": "99", "model.segmenter_width": "0"}, "grid has 16x16"),
     ({"scoring.scales": "2,128"}, "leaves less than 3 px"),
     ({"train.gms_scales": "1,8"}, "leaves less than 3 of the 16 px"),
 ])  # fmt: skip

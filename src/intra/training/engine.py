@@ -136,7 +136,8 @@ def _step(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """One step of the optimiser; returns the loss before it, still on the device."""
     network.train()
-    loss = step_loss(network, batch, config=config, model_config=model_config)  # Fabric's network casts by itself
+    with fabric.autocast():  # Fabric casts in `forward` by itself, but not in `segment`
+        loss = step_loss(network, batch, config=config, model_config=model_config)
     fabric.backward(loss)
     if config.gradient_clip is not None:
         fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)

@@ -310,7 +310,7 @@ def _calibrated(
     images = torch.cat([validation, training[chosen.to(training.device)]])
     found = []
     for chunk in images.split(8):
-        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1])
+        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1].cpu())
         if on_calibration:
             on_calibration(sum(map(len, found)), len(images))
     held_out, trained_on = torch.cat(found).split([len(validation), count])

@@ -67,7 +67,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
 
     Args:
         data: a category in MVTec's layout, or a folder of good images.
-        preset: "fast" (the default), "paper", or a baseline: "autoencoder_l2", "autoencoder_ssim", "riad".
+        preset: "fast" (the default), "quality", "paper", or a baseline: "autoencoder_l2", "autoencoder_ssim", "riad".
         image_size: px; "auto", a side, or (height, width), both multiples of the patch.
         minutes, epochs, steps: the budget, one of them; without any, the resumed run's or the preset's. The schedule
             fits it.

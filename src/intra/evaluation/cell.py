@@ -194,7 +194,7 @@ def _weights(cell: Cell, tell: Tell) -> Run:
     def show(report: Report) -> None:
         try:
             tell(report.spent, f"step {report.step}  loss {report.train_loss:.4f}  {report.windows_per_s:.1f} "
-                               f"{report.unit}")
+                               f"{report.unit}  {report.seconds_left / 60:.1f} min left")
         except Stopped:
             if callable(signal.getsignal(signal.SIGTERM)):  # else it has been asked to already
                 signal.raise_signal(signal.SIGTERM)  # training ends after this step, with a checkpoint

@@ -1,7 +1,5 @@
 """Networks. InTra: patches in, inpainted patches out; the baselines: images in, images out."""
 
-from functools import partial
-
 from torch import nn
 
 from intra.config import ModelConfig
@@ -29,7 +27,7 @@ def build(config: ModelConfig) -> nn.Module:
             long_residuals=config.long_residuals,
             readout=config.readout,
             conditional_positions=config.window_shape if config.conditional_positions else None,
-            make_segmenter=partial(Segmenter, channels=config.channels, width=width) if width else None,
+            make_segmenter=(lambda: Segmenter(channels=config.channels, width=width)) if width else None,
         )
     if config.network == "autoencoder":
         return Autoencoder(channels=config.channels, image_size=config.image_size, latent_dim=config.latent_dim)

@@ -27,7 +27,7 @@ from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.tables import PAPER
 from intra.inspection.detector import Detector
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
-from intra.training.loss import reconstruction_loss
+from intra.training.loss import patch_loss
 from intra.training.run import train
 from intra.training.sampler import IDENTITY, WindowSampler
 
@@ -112,8 +112,7 @@ def flops_of_a_step(detector: Detector) -> int:
     detector.model.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
         inpainted = detector.model(batch.patches, batch.positions, batch.hidden)
-        reconstruction_loss(inpainted, batch.patches[batch.hidden], channels=model.channels,
-                            gms_weight=config.gms_weight, ssim_weight=config.ssim_weight).backward()
+        patch_loss(inpainted, batch.patches[batch.hidden], channels=model.channels, config=config).backward()
     detector.model.zero_grad()
     return int(counter.get_total_flops())
 

@@ -3,7 +3,8 @@
     python benchmarks/planted.py DATA --out DIR [--size 256] [--seed 0]
 
 Of DATA's good training photos a quarter (at most 60) is held out: half of those stay good, each of the others gets one
-defect of the kinds below, with its mask. None of the kinds is made by training/defects.py, which teaches the segmenter.
+defect of the kinds below, with its mask. They are drawn by other code than training/defects.py, which teaches the
+segmenter, but lines, blots and blurred regions are near relatives of what it makes: only `dent` is like none of them.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 from intra.data.folder import find_categories
 from intra.data.images import read_image
+from intra.errors import InTraError
 
 Planted = tuple[np.ndarray, np.ndarray]  # photo (H, W, C) in [0, 1], softness of the mask (H, W)
 
@@ -92,8 +94,8 @@ def plant(photo: np.ndarray, kind: Callable[[np.ndarray, np.random.Generator], P
         changed = changed.clip(0, 1)
         mask = (mark > 0.3) & (ndimage.uniform_filter(np.abs(changed - photo).max(2), 5) > LEAST_CHANGE)
         if mask.sum() >= 30:
-            break
-    return changed, mask
+            return changed, mask
+    raise InTraError(f"no {kind.__name__} can be seen on this photo; choose another --seed")
 
 
 def main() -> None:
@@ -110,7 +112,10 @@ def main() -> None:
         paths = [category.train[i] for i in rng.permutation(len(category.train))]
         num_held_out = min(60, len(paths) // 4)
         for number, path in enumerate(paths):
-            image = PIL.Image.fromarray(np.squeeze(read_image(path)))
+            pixels = read_image(path)
+            if pixels.dtype != np.uint8 or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+                raise InTraError(f"{path} is no grey or RGB photo of 8 bits; others cannot be planted yet")
+            image = PIL.Image.fromarray(np.squeeze(pixels))
             image.thumbnail((args.size, args.size), PIL.Image.Resampling.LANCZOS)
             if number >= num_held_out or number % 2:
                 _save(image, folder / ("train" if number >= num_held_out else "test") / "good" / f"{number:04}.png")

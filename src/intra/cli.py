@@ -96,8 +96,8 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     data: DataArgument,
     out: OutOption,
     preset: Annotated[str | None, typer.Option(
-        help="fast (default; minutes on a CPU), paper (hours on a GPU), or a baseline: autoencoder_l2, "
-             "autoencoder_ssim, riad.")] = None,
+        help="fast (default; minutes on a CPU), quality (larger and longer), paper (hours on a GPU), or a baseline: "
+             "autoencoder_l2, autoencoder_ssim, riad.")] = None,
     image_size: Annotated[str | None, typer.Option(metavar="auto|N|HxW", help="Height and width in px.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget: epochs.")] = None,
@@ -192,7 +192,7 @@ def predict(
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 400,
+    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 250,
     device: DeviceOption = "auto",
 ) -> None:
     """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""

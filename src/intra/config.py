@@ -19,7 +19,7 @@ __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "T
 FROM_THE_DATA = {("model", "grid"), ("model", "channels")}  # not set by hand: --image-size and data.channels decide
 LEAST_SIDE = 3  # px of a reduced image: fewer hold no gradient
 # px of which an image's sides must be multiples: a network halves them that often
-SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16, "segmenter": 16}
+SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelConfig:
         found += _outside(self, 0, 1024, "segmenter_width")
         if self.segmenter_width and (self.network != "intra" or self.window_size is not None):
             found.append("model.segmenter_width needs model.network=intra and model.window_size=none: the segmenter "
-                         "learns from whole images")
+                         "learns from whole images; or set model.segmenter_width=0")
         if not self.cell_sizes or not 1 <= min(self.cell_sizes) <= max(self.cell_sizes) <= 1024:
             found.append(f"model.cell_sizes is {self.cell_sizes}; it needs at least one side, each 1 to 1024 px")
         if not 0 < self.mlp_ratio <= 64:
@@ -91,10 +91,9 @@ class ModelConfig:
         if self.window_size is not None and self.window_size > min(rows, cols):
             found.append(f"model.window_size is {self.window_size} patches, but the grid has {rows}x{cols}; choose a "
                          f"window of 1 to {min(rows, cols)}, or a larger --image-size")
-        part = "segmenter" if self.segmenter_width else self.network
-        multiple = SIDE_MULTIPLES[part]
+        multiple = SIDE_MULTIPLES[self.network]
         if height % multiple or width % multiple:
-            found.append(f"the image is {height}x{width} px; for the {part} both sides must be "
+            found.append(f"the image is {height}x{width} px; for model.network {self.network} both sides must be "
                          f"multiples of {multiple} px; choose another --image-size")
         for size in self.cell_sizes if self.network == "riad" else ():
             if height % size or width % size:
@@ -227,6 +226,9 @@ class Config:
                          "model.readout=token")
         if mean_readout and self.model.window_size is None:
             found.append("model.readout mean needs a window; set model.window_size, or model.readout=token")
+        if self.model.segmenter_width and not self.train.segmentation_weight and self.scoring.segmenter_weight:
+            found.append("train.segmentation_weight is 0, so the segmenter would say nothing but noise; set "
+                         "model.segmenter_width=0 or scoring.segmenter_weight=0")
         if found:
             raise InTraError("; ".join(found))
 

@@ -266,7 +266,8 @@ def test_the_papers_run_in_two_sittings(photos, tmp_path):
     spec = importlib.util.spec_from_file_location("paper", ROOT / "benchmarks" / "paper.py")
     paper = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(paper)
-    settings = TINY | {"data.image_size": "64x64", "model.window_size": "3", "model.segmenter_width": "0", "train.batch_size": "16"}
+    settings = TINY | {"data.image_size": "64x64", "model.window_size": "3", "model.segmenter_width": "0",
+                       "train.batch_size": "16"}
     category = replace(find_category(photos / "gear"), name="screw")  # so that there are figures of the paper
     for sitting in (1, 2):
         lines = paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")

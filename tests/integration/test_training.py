@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from intra.config import preset
-from intra.data.folder import find_categories
+from intra.data.folder import find_categories, find_category
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.training import engine
-from intra.training.run import Run, train
+from intra.training.run import Run, recalibrate, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 
@@ -275,3 +275,37 @@ def test_golden_losses(photos, tmp_path):
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps([round(loss, 7) for loss in losses], indent=1) + "\n")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-3)
+
+
+def test_the_segmenter_trains_in_the_precision_of_the_run(photos, tmp_path, monkeypatch):
+    """Fabric casts in `forward` alone; a segmenter in fp32 would take twice the time unseen."""
+    from intra.models import Segmenter
+
+    seen = set()
+    forward = Segmenter.forward
+
+    def watched(self, given):
+        found = forward(self, given)
+        seen.add((self.training, found.dtype))
+        return found
+
+    monkeypatch.setattr(Segmenter, "forward", watched)
+    train(photos / "gear", tmp_path, steps=2, image_size=64, settings=TINY | {"train.precision": "bf16"})
+    assert (True, torch.bfloat16) in seen
+    assert (True, torch.float32) not in seen
+
+
+@pytest.mark.parametrize(("first", "then"), [("0", "1"), ("1", "0")])
+def test_the_segmenters_part_can_be_switched_on_and_off_afterwards(photos, tmp_path, first, then):
+    """As if it had been trained so; the file says what it holds."""
+    settings = TINY | {"scoring.segmenter_weight": first}
+    run = train(photos / "gear", tmp_path / "run", steps=6, image_size=64, settings=settings)
+    other = recalibrate(run.path, find_category(photos / "gear"), out=tmp_path / "other",
+                        settings={"scoring.segmenter_weight": then})
+    anew = train(photos / "gear", tmp_path / "anew", steps=6, image_size=64,
+                 settings=TINY | {"scoring.segmenter_weight": then})
+    photo = next((photos / "gear" / "test" / "good").iterdir())
+    changed, expected, before = (Detector.load(each.path).predict(photo) for each in (other, anew, run))
+    assert changed.score == pytest.approx(expected.score, rel=1e-5)
+    assert changed.threshold == pytest.approx(expected.threshold, rel=1e-5)
+    assert changed.score != before.score

@@ -44,9 +44,11 @@ def test_windows(monkeypatch, window_size, channels, tokens_per_batch):
     assert expected.std() > 0.05  # it says something
 
 
+@pytest.mark.parametrize("conditional_positions", [False, True])
 @pytest.mark.parametrize("spacing", [1, 2, 3, 4, 9])
-def test_lattice(spacing):
-    model = sharpened(dataclasses.replace(SMALL, window_size=None, readout="token"))
+def test_lattice(spacing, conditional_positions):
+    model = sharpened(dataclasses.replace(SMALL, window_size=None, readout="token",
+                                          conditional_positions=conditional_positions))
     images = torch.rand(2, 3, 24, 20, generator=torch.Generator().manual_seed(0))
     expected = torch.stack([naive.inpaint_lattice(model, image, patch_size=4, spacing=spacing) for image in images])
     found = fast.inpaint(model, images, patch_size=4, window_size=None, lattice=spacing)

@@ -53,7 +53,8 @@ def test_names_that_would_not_do_as_files_are_refused(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_scoring_settings_survive_as_text(name):
     """Whatever the other method's scoring is, all of this one's comes over."""
-    (method,) = parse_methods([f"a: {name} scoring.scales=1,8 scoring.spread=on scoring.max_reference_images=7"])
+    (method,) = parse_methods([f"a: {name} scoring.scales=1,8 scoring.deviation=squared scoring.spread=on "
+                               "scoring.max_reference_images=7"])
     other = preset("fast").with_settings({"scoring.spread": "off", "scoring.deviation": "signed"})
     assert other.with_settings(method.scoring).scoring == method.config.scoring
 

@@ -46,6 +46,9 @@ def test_settings_of_an_older_model_file_are_read():
         for name in names:
             del values[part][name]
     assert Config.from_dict(values) == preset("fast")
+    del values["model"]["segmenter_width"], values["model"]["conditional_positions"]
+    assert (Config.from_dict(values).model.segmenter_width, Config.from_dict(values).model.conditional_positions) == (
+        0, False)
 
 
 @pytest.mark.parametrize(("key", "text", "value"), [

@@ -82,7 +82,7 @@ def test_a_convolved_token_sees_its_eight_neighbours():
     """In the grid, not in the order of memory: 6 rows of 5 patches."""
     model = make(dataclasses.replace(SMALL_LATTICE, conditional_positions=True))
     tokens = torch.zeros(1, 30, 32, requires_grad=True)
-    model.look_around(tokens, 0)[0, 12].sum().backward()  # row 2, col 2
+    model.add_conditional_positions(tokens, 0)[0, 12].sum().backward()  # row 2, col 2
     assert tokens.grad is not None
     seen = tokens.grad[0].abs().sum(-1).nonzero().flatten().tolist()
     assert seen == [6, 7, 8, 11, 12, 13, 16, 17, 18]

@@ -1,11 +1,12 @@
 """The segmenter beside InTra: shapes, gradients, that it learns, and its part in the anomaly map."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from intra.config import ModelConfig, TrainConfig
+from intra.config import ModelConfig, TrainConfig, preset
 from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Reference, anomaly_map
@@ -120,10 +121,29 @@ def test_settings_that_do_not_go_together_are_refused(wrong):
     assert any("segmenter_width" in problem for problem in ModelConfig(**settings).problems())
 
 
-def test_an_image_that_it_cannot_halve_is_refused():
-    from intra.config import Config, TrainConfig
+def test_an_image_of_any_side_is_marked_whole():
+    """Padded inside, and cut off again; the inner part is the same as of the larger image."""
+    torch.manual_seed(0)
+    segmenter = Segmenter(channels=1, width=4).eval()
+    photo = rand(1, 1, 40, 50)
+    assert segmenter(photo).shape == (1, 20, 25)
+    assert segmenter(rand(1, 1, 17, 16)).shape == (1, 9, 8)
+    padded = torch.nn.functional.pad(photo, (0, 14, 0, 8), mode="replicate")
+    torch.testing.assert_close(segmenter(photo), segmenter(padded)[:, :20, :25])
 
-    config = Config(model=ModelConfig(window_size=None, readout="token", segmenter_width=8, patch_size=8, grid=(5, 5)),
-                    train=TrainConfig(hidden_fraction=(0.1, 0.2)))
-    with pytest.raises(InTraError, match="segmenter both sides must be multiples of 16 px"):
-        config.check_grid()
+
+def test_the_transformer_starts_from_the_same_weights_with_and_without_it():
+    with_it, without = make().state_dict(), make(dataclasses.replace(SMALL, segmenter_width=0)).state_dict()
+    assert without
+    assert all(torch.equal(with_it[name], value) for name, value in without.items())
+
+
+def test_a_segmenter_that_learns_nothing_may_not_be_heard():
+    with pytest.raises(InTraError, match="nothing but noise"):
+        preset("fast").with_settings({"train.segmentation_weight": "0"})
+    preset("fast").with_settings({"train.segmentation_weight": "0", "scoring.segmenter_weight": "0"})
+
+
+@pytest.mark.parametrize("name", ["fast", "quality"])
+def test_the_presets_with_a_segmenter_fit_their_image(name):
+    preset(name).check_grid()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import intra
+from intra.config import Config
 from intra.data.files import sha256_of, write_atomically
 from intra.data.folder import Category
 from intra.errors import InTraError
@@ -29,6 +30,7 @@ from intra.training.run import Run, recalibrate, train
 __all__ = ["Cell", "Stopped", "commit_of_the_code", "fingerprint_of", "run_cell", "work"]
 
 ASKED_FILE = "asked.json"  # in the run's folder: what was asked for when it was begun
+SAID_BY_THE_BUDGET = ("train.max_steps", "train.max_epochs")  # settings that count only without a budget
 ELSEWHERE = ("images", "model", "provenance", "peak_memory_mib")  # of results.json: left out, or named otherwise
 
 Tell = Callable[[float, str], None]  # share done, and what a person reads; raises Stopped
@@ -192,7 +194,7 @@ def _weights(cell: Cell, tell: Tell) -> Run:
     def show(report: Report) -> None:
         try:
             tell(report.spent, f"step {report.step}  loss {report.train_loss:.4f}  {report.windows_per_s:.1f} "
-                               f"{report.unit}")
+                               f"{report.unit}  {report.seconds_left / 60:.1f} min left")
         except Stopped:
             if callable(signal.getsignal(signal.SIGTERM)):  # else it has been asked to already
                 signal.raise_signal(signal.SIGTERM)  # training ends after this step, with a checkpoint
@@ -246,9 +248,11 @@ def _stored(path: Path, key: str | None) -> Mapping[str, Any]:
 
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What was asked for otherwise; a setting that only a newer intra has does not count."""
+    """What was asked for otherwise. A setting that the stored cell's intra did not know had its default."""
     old, new = (_flat(each["config"]) for each in (stored, asked))
-    found = [f"{key}={old[key]}, asked is {value}" for key, value in new.items() if key in old and old[key] != value]
+    old = _flat(json.loads(json.dumps(Config().to_dict()))) | old
+    found = [f"{key}={old[key]}, asked is {value}" for key, value in new.items()
+             if old[key] != value and key not in SAID_BY_THE_BUDGET]
     if stored["budget"] != asked["budget"]:
         before, now = (", ".join(f"{key}={value:.10g}" for key, value in each["budget"].items())
                        for each in (stored, asked))

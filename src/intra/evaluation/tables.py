@@ -12,6 +12,7 @@ from intra.errors import InTraError
 
 __all__ = ["PAPER", "Row", "Score", "Table", "markdown", "read_cell", "table_of"]
 
+READ = {"commit", "data", "hardware", "training", "weights_from"}  # what else a table reads of each cell
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_aupro")
 MISSING = "—"
 # ROC AUC in %, detection and segmentation: Pirnay & Chai 2021 (arXiv 2104.13897), the tables of results on MVTec AD
@@ -67,6 +68,7 @@ def read_cell(path: Path) -> dict[str, Any]:
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
         named = cell["method"], cell["category"], cell["seed"], *(cell["results"][name] for name in FIGURES)
+        _ = [cell[name] for name in READ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InTraError(f"{path} is damaged or no cell of a benchmark ({error!r}); delete it, and run the benchmark "
                          "again") from error

@@ -49,7 +49,8 @@ def anomaly_map(
 
     The evidence is the difference map and, from a model with a segmenter, its log-odds. The difference alone gives the
     deviation, squared in the paper. With log-odds l it is log(1 + deviation) + weight · log(1 + exp(l − mean l)): both
-    grow like the log-odds of a defect, so neither needs a scale of its own (docs/decisions/0007-segmenter.md).
+    grow like the log-odds of a defect, so neither needs a scale of its own (docs/decisions/0007-segmenter.md). A signed
+    deviation below zero counts as none then.
     """
     away = _deviation(evidence[:, 0], reference, deviation)
     if evidence.shape[1] == 1 or not segmenter_weight:

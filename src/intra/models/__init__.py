@@ -26,8 +26,8 @@ def build(config: ModelConfig) -> nn.Module:
             value_mlp=config.value_mlp,
             long_residuals=config.long_residuals,
             readout=config.readout,
-            convolved=config.window_shape if config.conditional_positions else None,
-            segmenter=Segmenter(channels=config.channels, width=width) if width else None,
+            conditional_positions=config.window_shape if config.conditional_positions else None,
+            make_segmenter=(lambda: Segmenter(channels=config.channels, width=width)) if width else None,
         )
     if config.network == "autoencoder":
         return Autoencoder(channels=config.channels, image_size=config.image_size, latent_dim=config.latent_dim)

@@ -5,6 +5,7 @@ are hidden are replaced by one learned vector and inpainted from the others. The
 *token* read-out and windows of any shape give the lattice variant (docs/decisions/0001-lattice.md).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -67,16 +68,17 @@ class InTra(nn.Module):
         patch_dim: values of a patch, channels · patch_size².
         readout: "mean" maps the mean of all output tokens to the one hidden patch (the paper); "token" maps each
             hidden patch's own token, so that many may be hidden at once.
-        convolved: rows and cols of a window; if given, a depthwise 3 × 3 convolution over the grid of its tokens stands
-            before each block (conditional positional encoding, Chu et al. 2021; docs/decisions/0008-convolved.md).
-        segmenter: a network beside it that marks defects in whole photos; it shares no weights with the transformer.
+        conditional_positions: rows and cols of a window; if given, a depthwise 3 × 3 convolution over the grid of its
+            tokens stands before each block (Chu et al. 2021; docs/decisions/0008-convolved.md).
+        make_segmenter: makes the network beside it that marks defects in whole photos. Called last, so that the
+            transformer starts from the same weights with and without one.
     """
 
     def __init__(  # noqa: PLR0913  the settings of the network, all by keyword
         self, *, num_positions: int = 256, patch_dim: int = 768, embed_dim: int = 512, depth: int = 13,
         num_heads: int = 8, mlp_ratio: float = 4.0, attention: Literal["mfsa", "msa"] = "mfsa",
         value_mlp: bool = False, long_residuals: bool = True, readout: Literal["mean", "token"] = "mean",
-        convolved: tuple[int, int] | None = None, segmenter: nn.Module | None = None,
+        conditional_positions: tuple[int, int] | None = None, make_segmenter: Callable[[], nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.readout = readout
@@ -88,12 +90,14 @@ class InTra(nn.Module):
             Block(embed_dim, num_heads, mlp_ratio, feature=attention == "mfsa", value_mlp=value_mlp)
             for _ in range(depth)
         )
-        self.window_shape = convolved
-        self.local = nn.ModuleList(
-            nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim) for _ in range(depth if convolved else 0))
+        self.window_shape = conditional_positions
+        self.pos_convs = nn.ModuleList(
+            nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim)
+            for _ in range(depth if conditional_positions else 0)
+        )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_dim)
-        self.segmenter = segmenter
+        self.segmenter = make_segmenter() if make_segmenter else None
 
     def forward(
         self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
@@ -126,16 +130,16 @@ class InTra(nn.Module):
         for index, block in enumerate(self.blocks):
             if index in self.skips:
                 tokens = tokens + outputs[self.skips[index]]
-            tokens = block(self.look_around(tokens, index))
+            tokens = block(self.add_conditional_positions(tokens, index))
             outputs.append(tokens)
         return self.norm(tokens)
 
-    def look_around(self, tokens: Float[Tensor, "b t d"], index: int) -> Float[Tensor, "b t d"]:
+    def add_conditional_positions(self, tokens: Float[Tensor, "b t d"], index: int) -> Float[Tensor, "b t d"]:
         """Before block `index`: each token with what a convolution makes of it and of its eight neighbours."""
         if self.window_shape is None:
             return tokens
         laid = tokens.transpose(1, 2).unflatten(2, self.window_shape)  # (B, D, rows, cols)
-        return tokens + self.local[index](laid).flatten(2).transpose(1, 2)
+        return tokens + self.pos_convs[index](laid).flatten(2).transpose(1, 2)
 
     def read_out(self, tokens: Float[Tensor, "b t d"], hidden: Bool[Tensor, "b t"]) -> Float[Tensor, "h p"]:
         """The inpainted patches from the output tokens; no activation, so pixels may leave [0, 1]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 __all__ = ["Segmenter"]
 
+SIDE_MULTIPLE = 16  # px: 2 × 2 px cells, halved three times
 WIDTHS = (1, 2, 4, 4)  # of the U-Net's levels, in units of the first
 
 
@@ -30,7 +31,9 @@ class Segmenter(nn.Module):
         self.head = nn.Conv2d(widths[0], 1, 1)
 
     def forward(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
-        """The log-odds of a defect in each cell of 2 × 2 px. Pixels in [0, 1]; h and w are multiples of 16."""
+        """The log-odds of a defect in each cell of 2 × 2 px, the last one cut off at an odd side. Pixels in [0, 1]."""
+        height, width = photos.shape[-2:]
+        photos = F.pad(photos, (0, -width % SIDE_MULTIPLE, 0, -height % SIDE_MULTIPLE), mode="replicate")
         x = F.pixel_unshuffle(photos, 2).contiguous(memory_format=torch.channels_last)  # (B, 4 · C, H / 2, W / 2)
         bridges: list[Tensor] = []
         for block in self.encoder:
@@ -40,7 +43,7 @@ class Segmenter(nn.Module):
         for block in self.decoder:
             bridge = bridges.pop()
             x = block(torch.cat([F.interpolate(x, scale_factor=2), bridge], dim=1))
-        return self.head(x)[:, 0]
+        return self.head(x)[:, 0, : -(-height // 2), : -(-width // 2)]
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:

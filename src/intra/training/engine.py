@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -23,10 +23,8 @@ from intra.data.files import write_atomically
 from intra.data.images import to_unit
 from intra.errors import InTraError
 from intra.inspection.inpaint import repaired_views
-from intra.models import InTra
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
-from intra.training.defects import plant_defects
-from intra.training.loss import segmentation_loss, step_loss, validation_loss
+from intra.training.loss import step_loss, validation_loss
 from intra.training.sampler import Batch, WindowSampler
 
 __all__ = ["Budget", "Fitted", "Report", "fit"]
@@ -153,20 +151,15 @@ def validate(
 ) -> float:  # fmt: skip
     """The loss over every patch of the images, each hidden once; one random window an image would be luck.
 
-    The mean over the views where a network repairs an image several times. A segmenter's loss is added, on defects that
-    are the same each time.
+    The mean over the views where a network repairs an image several times.
     """
     model.eval()
     total = 0.0
-    for number, chunk in enumerate(images.split(8)):
+    for chunk in images.split(8):
         pixels = to_unit(chunk)
         views = repaired_views(model, pixels, model_config=model_config, lattice=lattice)
         losses = [validation_loss(view, pixels, config=config, model_config=model_config) for view in views]
-        loss = torch.stack(losses).mean()
-        if model_config.segmenter_width:
-            photos, masks = plant_defects(pixels, generator=torch.Generator().manual_seed(number))
-            loss = loss + config.segmentation_weight * segmentation_loss(cast(InTra, model).segment(photos), masks)
-        total += float(loss) * len(chunk)
+        total += float(torch.stack(losses).mean()) * len(chunk)
     return total / len(images)
 
 
@@ -179,13 +172,18 @@ def _is_finished(progress: Progress, config: TrainConfig, budget: Budget) -> boo
 def _judge(
     progress: Progress, validation_loss: float, model: nn.Module, best: dict[str, Tensor], checkpoint: Path
 ) -> None:
-    """Keeps the weights if they are the best so far. Raises InTraError if the loss is not a number."""
+    """Keeps the weights if they are the best so far. Raises InTraError if the loss is not a number.
+
+    A segmenter's are kept in any case: the loss says nothing of them, and they have not seen the defects to be found.
+    """
     _refuse_nan(validation_loss, progress, checkpoint)
-    if validation_loss < progress.best_validation_loss:
+    is_better = validation_loss < progress.best_validation_loss
+    for name, value in model.state_dict().items():
+        if is_better or name.startswith("segmenter."):
+            best[name].copy_(value)
+    if is_better:
         progress.best_validation_loss, progress.best_step = validation_loss, progress.step
         progress.epochs_without_better = 0
-        for name, value in model.state_dict().items():
-            best[name].copy_(value)
     else:
         progress.epochs_without_better += 1
 

@@ -67,7 +67,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
 
     Args:
         data: a category in MVTec's layout, or a folder of good images.
-        preset: "fast" (the default), "paper", or a baseline: "autoencoder_l2", "autoencoder_ssim", "riad".
+        preset: "fast" (the default), "quality", "paper", or a baseline: "autoencoder_l2", "autoencoder_ssim", "riad".
         image_size: px; "auto", a side, or (height, width), both multiples of the patch.
         minutes, epochs, steps: the budget, one of them; without any, the resumed run's or the preset's. The schedule
             fits it.
@@ -310,7 +310,7 @@ def _calibrated(
     images = torch.cat([validation, training[chosen.to(training.device)]])
     found = []
     for chunk in images.split(8):
-        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1])
+        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1].cpu())
         if on_calibration:
             on_calibration(sum(map(len, found)), len(images))
     held_out, trained_on = torch.cat(found).split([len(validation), count])

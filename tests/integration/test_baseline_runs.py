@@ -42,5 +42,5 @@ def test_a_small_patch_does_not_hide_a_wrong_image_size(photos, tmp_path):
 def test_riad_learns(photos, tmp_path):
     run = train(photos / "gear", tmp_path, preset="riad", steps=25, image_size=64, settings=SMALL | {
         "train.learning_rate": "3e-3", "train.windows_per_image": "4"})
-    losses = [float(line.split(",")[5]) for line in (run.path / "log.csv").read_text().splitlines()[1:]]
-    assert losses[-1] < 0.7 * losses[0]
+    losses = [float(line.split(",")[4]) for line in (run.path / "log.csv").read_text().splitlines()[1:]]
+    assert losses[-1] < 0.7 * losses[0]  # in training: so early, the held-out one still jumps with the batch statistics

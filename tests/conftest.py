@@ -1,5 +1,6 @@
 """Fixtures that several tests share: small photos, and a model that was really trained on them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,19 @@ TINY = {
     "model.segmenter_width": "4",
     "train.precision": "fp32", "scoring.precision": "fp32", "scoring.blur_size": "7", "scoring.scales": "1,2",
 }  # fmt: skip
+
+
+def descend(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], *, steps: int, rate: float) -> list[float]:
+    """The loss before each of some steps of Adam on one batch."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import descend
 
 from intra.config import ModelConfig, TrainConfig, preset
 from intra.errors import InTraError
@@ -129,14 +130,7 @@ def test_a_fresh_autoencoder_tells_images_apart():
 def test_one_batch_is_overfitted(config):
     model, train = make(config), TrainConfig(gms_weight=0.0, ssim_weight=0.0)
     batch = batch_of(pictures(config), config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(200):
-        loss = step_loss(model, batch, config=train, model_config=config)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = descend(model, lambda: step_loss(model, batch, config=train, model_config=config), steps=200, rate=1e-3)
     assert losses[-1] < 0.03 * losses[0]
 
 

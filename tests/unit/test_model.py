@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import descend
 
 from intra.config import ModelConfig, preset
 from intra.geometry import random_windows, window_positions
@@ -168,13 +169,6 @@ def test_feature_attention_has_the_papers_widths():
 def test_one_batch_is_overfitted(config):
     model = make(config)
     batch = windows(config, count=3, num_hidden=1)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     target = batch[0][batch[2]]
-    first = None
-    for _ in range(150):
-        loss = F.mse_loss(model(*batch), target)
-        first = first or loss.item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 1e-3 < first
+    losses = descend(model, lambda: F.mse_loss(model(*batch), target), steps=150, rate=2e-3)
+    assert losses[-1] < 1e-3 < losses[0]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import descend
 
 from intra.config import ModelConfig, TrainConfig, preset
 from intra.errors import InTraError
@@ -75,14 +76,7 @@ def test_it_can_learn_one_batch():
     torch.manual_seed(0)
     segmenter = Segmenter(channels=1, width=8)
     photos, masks = plant_defects(0.4 + 0.1 * rand(6, 1, 32, 32), generator=torch.Generator().manual_seed(2))
-    optimizer = torch.optim.Adam(segmenter.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(120):
-        loss = segmentation_loss(segmenter(photos), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = descend(segmenter, lambda: segmentation_loss(segmenter(photos), masks), steps=120, rate=1e-2)
     assert losses[-1] < 0.3 * losses[0]
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from intra.errors import InTraError
 
-__all__ = ["sha256_of", "write_atomically"]
+__all__ = ["name_below", "sha256_of", "write_atomically"]
+
+
+def name_below(path: Path, root: Path) -> str:
+    """The path from a folder on, with slashes; the bare name of a file that lies elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def sha256_of(path: Path) -> str:

@@ -19,14 +19,12 @@ import torch
 from intra.data.files import write_atomically
 from intra.data.folder import Category, find_categories, require_enough
 from intra.errors import InTraError
-from intra.evaluation.cell import Cell, fingerprint_of, work
+from intra.evaluation.cell import CELLS_FOLDER, Cell, fingerprint_of, work
 from intra.evaluation.methods import Method, parse_methods
 from intra.evaluation.tables import Table, markdown, table_of
 from intra.inspection.device import pick_device
 
 __all__ = ["Benchmark", "Event", "benchmark"]
-
-CELLS_FOLDER = "cells"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 import intra
 from intra.config import Config
-from intra.data.files import sha256_of, write_atomically
+from intra.data.files import name_below, sha256_of, write_atomically
 from intra.data.folder import Category
 from intra.errors import InTraError
 from intra.evaluation.evaluate import evaluate_category
@@ -27,8 +27,9 @@ from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.engine import Report
 from intra.training.run import Run, recalibrate, train
 
-__all__ = ["Cell", "Stopped", "commit_of_the_code", "fingerprint_of", "run_cell", "work"]
+__all__ = ["CELLS_FOLDER", "Cell", "Stopped", "commit_of_the_code", "fingerprint_of", "run_cell", "work"]
 
+CELLS_FOLDER = "cells"  # below `out`
 ASKED_FILE = "asked.json"  # in the run's folder: what was asked for when it was begun
 SAID_BY_THE_BUDGET = ("train.max_steps", "train.max_epochs")  # settings that count only without a budget
 ELSEWHERE = ("images", "model", "provenance", "peak_memory_mib")  # of results.json: left out, or named otherwise
@@ -63,7 +64,7 @@ class Cell:
     @property
     def file(self) -> Path:
         """Is there once the cell is finished."""
-        return self.out / "cells" / f"{self.name}.json"
+        return self.out / CELLS_FOLDER / f"{self.name}.json"
 
     @property
     def run(self) -> Path:
@@ -112,7 +113,7 @@ def fingerprint_of(category: Category) -> str:
     """The SHA-256 over names and contents of all photos and masks of a category."""
     masks = [test.mask for test in category.test if test.mask]
     paths = [*category.train, *(test.path for test in category.test), *masks]
-    lines = {f"{_below(path, category.root)} {sha256_of(path)}" for path in paths}
+    lines = {f"{name_below(path, category.root)} {sha256_of(path)}" for path in paths}
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -267,7 +268,3 @@ def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[st
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{part}.{name}": value for part, values in config.items() if isinstance(values, Mapping)
             for name, value in values.items()} | {"preset": config["preset"]}
-
-
-def _below(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

@@ -12,7 +12,7 @@ from intra.config import ScoringConfig
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, anomaly_map, image_score
 
-__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold"]
+__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold", "scored_maps"]
 
 LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
 
@@ -77,7 +77,7 @@ def calibrate(
         if trained_on is None:
             raise ValueError("the reference 'training' needs the maps of the training images")
         reference = Reference.of(trained_on, spread=scoring.spread)
-        return reference, image_score(_anomaly_map(held_out, reference, scoring)).tolist()
+        return reference, image_score(scored_maps(held_out, reference, scoring)).tolist()
     if len(held_out) < LEAST_HELD_OUT:
         raise InTraError(
             f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
@@ -86,12 +86,13 @@ def calibrate(
     scores: list[float] = []
     for index in range(len(held_out)):
         others = Reference.of(torch.cat([held_out[:index], held_out[index + 1 :]]), spread=scoring.spread)
-        one = _anomaly_map(held_out[index : index + 1], others, scoring)
+        one = scored_maps(held_out[index : index + 1], others, scoring)
         scores.append(float(image_score(one)))
     return Reference.of(held_out, spread=scoring.spread), scores
 
 
-def _anomaly_map(
+def scored_maps(
     evidence: Float[Tensor, "b k h w"], reference: Reference, scoring: ScoringConfig
 ) -> Float[Tensor, "b h w"]:
+    """The anomaly maps under these settings: one way for calibration and inspection."""
     return anomaly_map(evidence, reference, deviation=scoring.deviation, segmenter_weight=scoring.segmenter_weight)

@@ -22,8 +22,8 @@ from intra.config import Config, ModelConfig, ScoringConfig
 from intra.data.files import write_atomically
 from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
-from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
-from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
+from intra.inspection.anomaly import Reference, difference_map, image_score
+from intra.inspection.calibration import Threshold, choose_threshold, given_threshold, scored_maps
 from intra.inspection.device import autocast, pick_device
 from intra.inspection.inpaint import log_odds, repaired_views
 from intra.models import build
@@ -173,8 +173,7 @@ class Detector:
                              for array in arrays]).to(self.device)
         scoring = self.config.scoring
         repaired, evidence = repair(self.model, batch, model_config=config, scoring=scoring)
-        maps = anomaly_map(evidence, self.reference, deviation=scoring.deviation,
-                           segmenter_weight=scoring.segmenter_weight)
+        maps = scored_maps(evidence, self.reference, scoring)
         scores = image_score(maps).tolist()
         return [
             self._verdict(score, one_map, one_repaired, array)

@@ -114,7 +114,8 @@ def _fill(
         (0.13, lambda: _any_texture(image, draw), 0.35),
         (0.10, lambda: box_blur(image, 5 + 2 * draw.below(13)), 1.0),
         (0.15, lambda: _shaded(image, draw), 0.35),
-        (0.05, lambda: image + draw.between(0.05, 0.2) * _noise_like(image, draw.between(1, 4), draw), 1.0),
+        (0.05, lambda: image + draw.between(0.05, 0.2) * _smooth_noise(
+            len(image), _size(image), draw.between(1, 4), draw, image.device), 1.0),
     )
     shares = torch.tensor([share for share, _, _ in fills])
     _, fill, least_opacity = fills[int(shares.multinomial(1, generator=draw.generator))]
@@ -159,10 +160,6 @@ def _shaded(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c h w"
 
 def _size(image: Float[Tensor, "c h w"]) -> tuple[int, int]:
     return image.shape[1], image.shape[2]
-
-
-def _noise_like(image: Float[Tensor, "c h w"], period_px: float, draw: _Draw) -> Float[Tensor, "c h w"]:
-    return _smooth_noise(len(image), _size(image), period_px, draw, image.device)
 
 
 def _smooth_noise(

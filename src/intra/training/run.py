@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
-from intra.data.files import sha256_of
+from intra.data.files import name_below, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
@@ -228,11 +228,7 @@ def _resumed(
 
 def _fingerprints(category: Category) -> dict[str, str]:
     """The SHA-256 of every good image, by its path below the category."""
-    found = {}
-    for path in category.train:
-        name = path.relative_to(category.root).as_posix() if path.is_relative_to(category.root) else path.name
-        found[name] = sha256_of(path)
-    return found
+    return {name_below(path, category.root): sha256_of(path) for path in category.train}
 
 
 def _read_split(

@@ -149,6 +149,7 @@ class TrainConfig:
     turns: Literal["auto", "on", "off"] = "on"  # quarter turns
     max_epochs: int | None = 200  # the budget if none is given
     max_steps: int | None = None
+    max_minutes: float | None = None  # with max_steps: whichever ends first
     patience: int | None = 50  # epochs without a better validation loss
     gradient_clip: float | None = None  # largest norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the machine computes it natively
@@ -160,6 +161,8 @@ class TrainConfig:
         if self.hidden_fraction is not None and not 0 < self.hidden_fraction[0] <= self.hidden_fraction[1] < 1:
             found.append(f"train.hidden_fraction is {self.hidden_fraction}; it must be two shares between 0 and 1, the "
                          "smaller one first, such as 0.05,0.25, or none")
+        if self.max_minutes is not None and not 0 < self.max_minutes <= 10**6:
+            found.append(f"train.max_minutes is {self.max_minutes}; it must be above 0, or none")
         if not 0 < self.learning_rate < 1:
             found.append(f"train.learning_rate is {self.learning_rate}; it must lie between 0 and 1")
         if not 0 <= self.warmup_fraction < 1:
@@ -187,7 +190,14 @@ class ScoringConfig:
     reference: Literal["training", "validation"] = "training"  # the good images whose maps are averaged
     max_reference_images: int | None = None  # training images for the reference, evenly spaced; None: all of them
     spread: bool = False  # divide by the good images' standard deviation at each place
-    segmenter_weight: float = 1.0  # of the segmenter's part of the anomaly map, where there is one; 0: without
+    # Of each evidence in the anomaly map; 0: without. One alone is the map; several are summed, each in units of its
+    # tail over good images.
+    difference_weight: float = 1.0  # the deviation of the difference from good images' mean
+    distribution_weight: float = 0.0  # how unlikely photo and repaired image are together, at each place
+    segmenter_weight: float = 1.0  # the segmenter's log-odds, where there is one
+    distribution_scales: tuple[int, ...] = (1, 4)  # the images are reduced by these factors for the distribution
+    num_filters: int = 14  # principal components of the photos that describe a cell; with two of colour 64 features
+    cell_size: int = 8  # px: side of the cells at which the distribution is known
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
@@ -201,8 +211,15 @@ class ScoringConfig:
         found += _unfit_scales("scoring.scales", self.scales)
         if not 0 < self.false_reject_rate < 1:
             found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
-        if self.segmenter_weight < 0:
-            found.append(f"scoring.segmenter_weight is {self.segmenter_weight}; it must not be negative")
+        found += _outside(self, 1, 64, "num_filters")
+        found += _outside(self, 1, 1024, "cell_size")
+        found += _unfit_scales("scoring.distribution_scales", self.distribution_scales)
+        for name in ("difference_weight", "distribution_weight", "segmenter_weight"):
+            if getattr(self, name) < 0:
+                found.append(f"scoring.{name} is {getattr(self, name)}; it must not be negative")
+        if not self.difference_weight and not self.distribution_weight:
+            found.append("scoring.difference_weight and scoring.distribution_weight are both 0; nothing would compare "
+                         "photo and repaired image")
         if self.spread and self.deviation == "none":
             found.append("scoring.spread needs scoring.deviation squared, clipped or signed")
         return found
@@ -347,18 +364,18 @@ _FAST = Config(
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
-        max_steps=2000, patience=None, gradient_clip=1.0,
+        max_steps=2000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
-    # docs/decisions/0003-spread.md, 0006-scales.md
+    # docs/decisions/0009-distribution.md; with difference_weight also 0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,
-                          precision="auto"),
+                          difference_weight=0.0, distribution_weight=1.0, precision="auto"),
 )
 
 # `fast`, larger and longer: minutes on a GPU, a night on a CPU.
 _QUALITY = dataclasses.replace(
     _FAST, preset="quality",
     model=dataclasses.replace(_FAST.model, embed_dim=384, depth=8, num_heads=8, segmenter_width=48),
-    train=dataclasses.replace(_FAST.train, batch_size=16, learning_rate=7e-4, max_steps=8000),
+    train=dataclasses.replace(_FAST.train, batch_size=16, learning_rate=7e-4, max_steps=8000, max_minutes=None),
 )  # fmt: skip
 
 # The baselines keep the same images out as `fast` does, so that their thresholds compare.

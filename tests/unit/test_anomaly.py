@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from intra.config import ScoringConfig
 from intra.errors import InTraError
-from intra.inspection.anomaly import Reference, anomaly_map, difference_map, image_score
+from intra.inspection.anomaly import (
+    Reference,
+    anomaly_map,
+    difference_map,
+    evidence_kinds,
+    image_score,
+    tails_of,
+)
 from intra.inspection.calibration import calibrate, choose_threshold, given_threshold
 
 
@@ -18,23 +25,28 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def deviation_map(differences: torch.Tensor, reference: Reference, deviation: str) -> torch.Tensor:
+    scoring = dataclasses.replace(ScoringConfig(), deviation=deviation)
+    return anomaly_map(differences, reference, kinds=("difference",), scoring=scoring)
+
+
 def test_the_papers_map_by_hand():
     reference = Reference.of(torch.stack([torch.full((1, 4, 4), 0.1), torch.full((1, 4, 4), 0.3)]), spread=False)
     differences = torch.tensor([0.2, 0.5, 0.0])[:, None, None, None].expand(3, 1, 4, 4)
-    squared = anomaly_map(differences, reference, deviation="squared")
+    squared = deviation_map(differences, reference, "squared")
     torch.testing.assert_close(image_score(squared), torch.tensor([0.0, 0.09, 0.04]))
-    clipped = anomaly_map(differences, reference, deviation="clipped")
+    clipped = deviation_map(differences, reference, "clipped")
     torch.testing.assert_close(image_score(clipped), torch.tensor([0.0, 0.3, 0.0]))
-    signed = anomaly_map(differences, reference, deviation="signed")
+    signed = deviation_map(differences, reference, "signed")
     torch.testing.assert_close(image_score(signed), torch.tensor([0.0, 0.3, -0.2]))
-    assert torch.equal(anomaly_map(differences, reference, deviation="none"), differences[:, 0])
+    assert torch.equal(deviation_map(differences, reference, "none"), differences[:, 0])
 
 
 def test_maps_are_raw():
     """Trap 7: a map that is scaled by its own range cannot rank images."""
     reference = Reference.of(torch.zeros(2, 1, 8, 8), spread=False)
     weak, strong = (torch.zeros(1, 1, 8, 8).index_fill(2, torch.tensor([3]), value) for value in (0.1, 0.4))
-    scores = [image_score(anomaly_map(maps, reference, deviation="squared")).item() for maps in (weak, strong)]
+    scores = [image_score(deviation_map(maps, reference, "squared")).item() for maps in (weak, strong)]
     assert scores[1] == pytest.approx(16 * scores[0])
 
 
@@ -42,13 +54,13 @@ def test_spread_makes_restless_places_count_less():
     good = torch.zeros(50, 1, 1, 2)
     good[:, 0, 0, 0] = 0.01 * torch.randn(50, generator=torch.Generator().manual_seed(0))
     good[:, 0, 0, 1] = 0.20 * torch.randn(50, generator=torch.Generator().manual_seed(1))
-    away = anomaly_map(torch.full((1, 1, 1, 2), 0.3), Reference.of(good, spread=True), deviation="signed")
+    away = deviation_map(torch.full((1, 1, 1, 2), 0.3), Reference.of(good, spread=True), "signed")
     assert away[0, 0, 0] > 1.5 * away[0, 0, 1]
     assert away.isfinite().all()
 
 
 def test_spread_of_equal_maps_is_not_zero():
-    away = anomaly_map(rand(1, 1, 4, 4), Reference.of(torch.full((5, 1, 4, 4), 0.5), spread=True), deviation="squared")
+    away = deviation_map(rand(1, 1, 4, 4), Reference.of(torch.full((5, 1, 4, 4), 0.5), spread=True), "squared")
     assert away.isfinite().all()
 
 
@@ -66,22 +78,68 @@ def test_a_held_out_image_is_scored_against_the_others():
     maps = 0.1 * rand(6, 1, 8, 8)
     maps[2] += 1
     scoring = ScoringConfig(reference="validation")
-    reference, scores = calibrate(maps, None, scoring=scoring)
+    reference, scores = calibrate(maps, None, kinds=("difference",), scoring=scoring)
     others = Reference.of(torch.cat([maps[:2], maps[3:]]), spread=False)
-    assert scores[2] == pytest.approx(image_score(anomaly_map(maps[2:3], others, deviation="squared")).item())
+    assert scores[2] == pytest.approx(image_score(deviation_map(maps[2:3], others, "squared")).item())
     torch.testing.assert_close(reference.mean, maps.mean(0))
 
 
 def test_the_papers_reference_is_the_training_images():
     trained_on, held_out = 0.1 * rand(9, 1, 8, 8), 0.2 * rand(4, 1, 8, 8, seed=1)
-    reference, scores = calibrate(held_out, trained_on, scoring=ScoringConfig())
+    reference, scores = calibrate(held_out, trained_on, kinds=("difference",), scoring=ScoringConfig())
     torch.testing.assert_close(reference.mean, trained_on.mean(0))
     torch.testing.assert_close(torch.tensor(scores), image_score((held_out - trained_on.mean(0))[:, 0] ** 2))
 
 
 def test_too_few_held_out_images_are_refused():
     with pytest.raises(InTraError, match="at least 3"):
-        calibrate(rand(2, 1, 4, 4), None, scoring=dataclasses.replace(ScoringConfig(), reference="validation"))
+        calibrate(rand(2, 1, 4, 4), None, kinds=("difference",),
+                  scoring=dataclasses.replace(ScoringConfig(), reference="validation"))
+
+
+ALL_KINDS = ("difference", "segmenter", "distribution")
+SUMMED = dataclasses.replace(ScoringConfig(), distribution_weight=1.0)
+
+
+def test_the_map_is_of_the_evidence_that_has_weight():
+    assert evidence_kinds(ScoringConfig(), has_segmenter=False) == ("difference",)  # the paper
+    assert evidence_kinds(SUMMED, has_segmenter=True) == ALL_KINDS
+    silent = dataclasses.replace(SUMMED, difference_weight=0.0, segmenter_weight=0.0)
+    assert evidence_kinds(silent, has_segmenter=True) == ("distribution",)
+
+
+def test_evidence_is_summed_as_the_logarithm_of_how_rare_it_is():
+    """Of values with an exponential tail, one as rare as p among good pixels gives -log p, whatever the unit."""
+    good = -torch.log(rand(40, 1, 50, 50)).expand(-1, 2, -1, -1) * torch.tensor([1.0, 7.0])[:, None, None]
+    kinds = ("segmenter", "distribution")
+    reference = Reference(torch.zeros(2, 50, 50), None)
+    reference = dataclasses.replace(reference, tails=tails_of(good, reference, kinds=kinds, scoring=SUMMED))
+    rare = torch.tensor([5.0, 0.0, 5.0]), torch.tensor([0.0, 35.0, 35.0])  # one in e⁵ pixels lies so high
+    found = anomaly_map(torch.stack(rare, dim=1)[..., None, None].expand(3, 2, 50, 50), reference, kinds=kinds,
+                        scoring=SUMMED)
+    torch.testing.assert_close(found[:, 0, 0], torch.tensor([5.0, 5.0, 10.0]), rtol=0.02, atol=0)
+    weighted = anomaly_map(torch.stack(rare, dim=1)[..., None, None].expand(3, 2, 50, 50), reference, kinds=kinds,
+                           scoring=dataclasses.replace(SUMMED, segmenter_weight=2.0))
+    torch.testing.assert_close(weighted[:, 0, 0], torch.tensor([10.0, 5.0, 15.0]), rtol=0.02, atol=0)
+
+
+def test_evidence_that_is_the_same_everywhere_gives_finite_maps():
+    flat = torch.ones(4, 3, 8, 8)
+    reference, scores = calibrate(flat, flat[:, :2], kinds=ALL_KINDS, scoring=SUMMED)
+    assert np.isfinite(scores).all()
+    found = anomaly_map(rand(2, 3, 8, 8), reference, kinds=ALL_KINDS, scoring=SUMMED)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("source", ["training", "validation"])
+def test_log_odds_count_from_good_images_mean_and_the_distribution_as_it_is(source):
+    held_out, trained_on = rand(6, 3, 8, 8), rand(9, 2, 8, 8, seed=1)
+    scoring = dataclasses.replace(SUMMED, reference=source)
+    reference, scores = calibrate(held_out, trained_on, kinds=ALL_KINDS, scoring=scoring)
+    means = trained_on if source == "training" else held_out[:, :2]
+    torch.testing.assert_close(reference.mean, torch.cat([means.mean(0), torch.zeros(1, 8, 8)]))
+    assert reference.tails.shape == (3, 2)
+    assert len(scores) == 6
 
 
 def test_threshold_by_hand():

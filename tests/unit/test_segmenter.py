@@ -10,7 +10,6 @@ from conftest import descend
 from intra.config import ModelConfig, TrainConfig, preset
 from intra.errors import InTraError
 from intra.geometry import patchify
-from intra.inspection.anomaly import Reference, anomaly_map
 from intra.inspection.inpaint import log_odds
 from intra.models import Segmenter, build
 from intra.training.defects import plant_defects
@@ -88,25 +87,6 @@ def test_segmentation_loss_by_hand():
     undecided = 4.0 * 0.25 * math.log(2) + 0.3 * (1 - (2 * 1 + 1) / (2 + 2 + 1))
     assert segmentation_loss(torch.zeros(1, 2, 2), masks).item() == pytest.approx(undecided)
     assert segmentation_loss(-certain, masks).item() > 10
-
-
-def test_log_odds_raise_the_map_where_they_lie_above_those_of_good_images():
-    evidence = torch.zeros(1, 2, 4, 4)
-    evidence[0, 1, 2, 2] = 5
-    reference = Reference.of(torch.zeros(3, 2, 4, 4), spread=False)
-    found = anomaly_map(evidence, reference, deviation="squared", segmenter_weight=2.0)
-    torch.testing.assert_close(found[0, 0, 0], torch.tensor(2 * math.log(2)))
-    torch.testing.assert_close(found[0, 2, 2], torch.tensor(2 * math.log1p(math.exp(5))))
-    evidence[0, 0] = 3  # and so does the difference, as log(1 + 3²)
-    both = anomaly_map(evidence, reference, deviation="squared", segmenter_weight=2.0)
-    torch.testing.assert_close(both - found, torch.full((1, 4, 4), math.log(10)))
-
-
-def test_without_weight_the_map_is_the_papers():
-    evidence, good = rand(2, 2, 4, 4), rand(5, 2, 4, 4, seed=1)
-    both = anomaly_map(evidence, Reference.of(good, spread=False), deviation="squared", segmenter_weight=0.0)
-    alone = anomaly_map(evidence[:, :1], Reference.of(good[:, :1], spread=False), deviation="squared")
-    torch.testing.assert_close(both, alone)
 
 
 @pytest.mark.parametrize("wrong", [{"window_size": 3}, {"network": "riad"}, {"segmenter_width": -1}])

@@ -1,37 +1,58 @@
 """From a photo and its repaired image to the anomaly map and the image score (section 3.4 of the paper)."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from intra.config import ScoringConfig
 from intra.similarity import Difference, box_blur, multiscale_difference
 
-__all__ = ["Reference", "anomaly_map", "difference_map", "image_score"]
+__all__ = ["Evidence", "Reference", "anomaly_map", "difference_map", "evidence_kinds", "image_score", "tails_of"]
 
 SPREAD_FLOOR = 0.5  # share of the median spread that is added: a few images estimate a small spread badly
 LEAST_SPREAD = 1e-4  # of difference maps in [0, 1]; where good images do not differ at all
+TAIL_SHARE = 0.1  # of the pixels of good images, the highest: their mean excess says how quickly values get rare
+LEAST_TAIL = 1e-6  # where good images have no excess at all
+TAIL_PIXELS = 10**6  # from which it is estimated
 
-Deviation = Literal["squared", "clipped", "signed", "none"]
+Evidence = Literal["difference", "segmenter", "distribution"]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the evidence of good images is like at each place."""
+    """What the evidence of good images is like."""
 
-    mean: Float[Tensor, "k h w"]
+    mean: Float[Tensor, "k h w"]  # at each place; zero for the distribution, which knows the places itself
     spread: Float[Tensor, "h w"] | None  # standard deviation of the differences; None: not divided by
+    tails: Float[Tensor, "k 2"] | None = None  # of several kinds of evidence: level and mean excess above it
 
     @classmethod
     def of(cls, evidence: Float[Tensor, "n k h w"], *, spread: bool) -> "Reference":
-        """The mean, and if wanted the standard deviation, of at least one image (two for the spread)."""
+        """The mean, and if wanted the standard deviation of the first kind, of at least one image (two for it)."""
         if not spread:
             return cls(evidence.mean(0), None)
         deviation = evidence[:, 0].std(0)
         return cls(evidence.mean(0), deviation + SPREAD_FLOOR * deviation.median() + LEAST_SPREAD)
+
+    def to(self, device: torch.device) -> "Reference":
+        """The same on a device."""
+        spread, tails = (None if part is None else part.to(device) for part in (self.spread, self.tails))
+        return Reference(self.mean.to(device), spread, tails)
+
+
+def evidence_kinds(scoring: ScoringConfig, *, has_segmenter: bool) -> tuple[Evidence, ...]:
+    """The kinds of evidence that the anomaly map is made of, in the order in which they are stacked."""
+    wanted: tuple[tuple[Evidence, float], ...] = (
+        ("difference", scoring.difference_weight),
+        ("segmenter", scoring.segmenter_weight if has_segmenter else 0),
+        ("distribution", scoring.distribution_weight),
+    )
+    return tuple(kind for kind, weight in wanted if weight)
 
 
 def difference_map(
@@ -43,19 +64,33 @@ def difference_map(
 
 
 def anomaly_map(
-    evidence: Float[Tensor, "b k h w"], reference: Reference, *, deviation: Deviation, segmenter_weight: float = 1.0
+    evidence: Float[Tensor, "b k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig
 ) -> Float[Tensor, "b h w"]:
     """How far the evidence lies from that of good images. Raw, never normalised per image.
 
-    The evidence is the difference map and, from a model with a segmenter, its log-odds. The difference alone gives the
-    deviation, squared in the paper. With log-odds l it is log(1 + deviation) + weight · log(1 + exp(l − mean l)): both
-    grow like the log-odds of a defect, so neither needs a scale of its own (docs/decisions/0007-segmenter.md). A signed
-    deviation below zero counts as none then.
+    The difference alone gives its deviation, squared in the paper. Several kinds are each turned into −log p, p the
+    share of good pixels that lie as high, and summed: as for independent tests (Fisher), and no kind needs a scale of
+    its own. p comes from an exponential tail over good images, so the sum grows without a bound.
     """
-    away = _deviation(evidence[:, 0], reference, deviation)
-    if evidence.shape[1] == 1 or not segmenter_weight:
-        return away
-    return torch.log1p(away.clamp(min=0)) + segmenter_weight * F.softplus(evidence[:, 1] - reference.mean[1])
+    away = _away(evidence, reference, kinds, scoring)
+    if len(kinds) == 1:
+        return away[:, 0]
+    assert reference.tails is not None, "several kinds of evidence need their tails"
+    level, excess = reference.tails[:, :, None, None].unbind(1)  # (K, 1, 1) each
+    rare = ((away - level) / excess - math.log(TAIL_SHARE)).clamp(min=0)  # −log p; 0 where p would be above 1
+    weights = torch.tensor([getattr(scoring, f"{kind}_weight") for kind in kinds], device=rare.device)
+    return torch.einsum("bkhw,k->bhw", rare, weights.to(rare.dtype))
+
+
+def tails_of(
+    evidence: Float[Tensor, "n k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig
+) -> Float[Tensor, "k 2"]:
+    """For each kind the level above which a tenth of good pixels lie, and their mean excess above it."""
+    values = _away(evidence, reference, kinds, scoring).transpose(0, 1).flatten(1)  # (K, pixels)
+    values = values[:, :: max(1, values.shape[1] // TAIL_PIXELS)].sort(dim=1).values
+    highest = values[:, -max(1, round(TAIL_SHARE * values.shape[1])) :]
+    level = highest[:, :1]
+    return torch.cat([level, (highest - level).mean(1, keepdim=True) + LEAST_TAIL], dim=1)
 
 
 def image_score(anomaly_maps: Float[Tensor, "b h w"]) -> Float[Tensor, " b"]:
@@ -63,18 +98,33 @@ def image_score(anomaly_maps: Float[Tensor, "b h w"]) -> Float[Tensor, " b"]:
     return torch.amax(anomaly_maps, dim=(-2, -1))
 
 
+def _away(
+    evidence: Float[Tensor, "b k h w"], reference: Reference, kinds: Sequence[Evidence], scoring: ScoringConfig
+) -> Float[Tensor, "b k h w"]:
+    """Each kind against good images' mean; beside others, the deviation of the difference as its logarithm."""
+    parts = []
+    for index, kind in enumerate(kinds):
+        if kind == "difference":
+            away = _deviation(evidence[:, index], reference.mean[index], reference.spread, scoring)
+            parts.append(away if len(kinds) == 1 else torch.log1p(away.clamp(min=0)))
+        else:
+            parts.append(evidence[:, index] - reference.mean[index])
+    return torch.stack(parts, dim=1)
+
+
 def _deviation(
-    differences: Float[Tensor, "b h w"], reference: Reference, deviation: Deviation
-) -> Float[Tensor, "b h w"]:
-    if deviation == "none":
+    differences: Float[Tensor, "b h w"], mean: Float[Tensor, "h w"], spread: Float[Tensor, "h w"] | None,
+    scoring: ScoringConfig,
+) -> Float[Tensor, "b h w"]:  # fmt: skip
+    if scoring.deviation == "none":
         return differences
-    away = differences - reference.mean[0]
-    if reference.spread is not None:
-        away = away / reference.spread
-    if deviation == "squared":
+    away = differences - mean
+    if spread is not None:
+        away = away / spread
+    if scoring.deviation == "squared":
         return away**2
-    if deviation == "clipped":
+    if scoring.deviation == "clipped":
         return away.clamp(min=0)
-    if deviation == "signed":
+    if scoring.deviation == "signed":
         return away
-    raise ValueError(f"deviation is {deviation!r}; expected squared, clipped, signed or none")
+    raise ValueError(f"deviation is {scoring.deviation!r}; expected squared, clipped, signed or none")

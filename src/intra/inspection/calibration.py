@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.errors import InTraError
-from intra.inspection.anomaly import Reference, anomaly_map, image_score
+from intra.inspection.anomaly import Evidence, Reference, anomaly_map, image_score, tails_of
 
-__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold", "scored_maps"]
+__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold"]
 
 LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
 
@@ -65,34 +65,44 @@ def given_threshold(scores: Sequence[float], value: float) -> Threshold:
 
 
 def calibrate(
-    held_out: Float[Tensor, "n k h w"], trained_on: Float[Tensor, "m k h w"] | None, *, scoring: ScoringConfig
-) -> tuple[Reference, list[float]]:
+    held_out: Float[Tensor, "n k h w"], trained_on: Float[Tensor, "m l h w"] | None, *, kinds: Sequence[Evidence],
+    scoring: ScoringConfig,
+) -> tuple[Reference, list[float]]:  # fmt: skip
     """The reference for anomaly maps, and the scores of the held-out good images, from their evidence.
 
-    With the reference "training" (the paper) it is taken from `trained_on`. With "validation" it is taken from the
-    held-out images, and each held-out image is scored against the others alone, as a new image would be; that needs at
-    least three.
+    With the reference "training" (the paper) its means are taken from `trained_on`, which has all kinds of evidence but
+    the distribution. With "validation" they are taken from the held-out images, and each held-out image is scored
+    against the others alone, as a new image would be; that needs at least three. How rare evidence is, the held-out
+    images say in any case: what was trained on is too good for that.
     """
     if scoring.reference == "training":
         if trained_on is None:
             raise ValueError("the reference 'training' needs the maps of the training images")
-        reference = Reference.of(trained_on, spread=scoring.spread)
-        return reference, image_score(scored_maps(held_out, reference, scoring)).tolist()
+        reference = _reference(trained_on, held_out, kinds, scoring)
+        return reference, image_score(anomaly_map(held_out, reference, kinds=kinds, scoring=scoring)).tolist()
     if len(held_out) < LEAST_HELD_OUT:
         raise InTraError(
             f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
             f"{len(held_out)}; give more good images, a larger data.validation_fraction, or scoring.reference=training"
         )
+    num_means = len(kinds) - ("distribution" in kinds)
     scores: list[float] = []
     for index in range(len(held_out)):
-        others = Reference.of(torch.cat([held_out[:index], held_out[index + 1 :]]), spread=scoring.spread)
-        one = scored_maps(held_out[index : index + 1], others, scoring)
+        others = torch.cat([held_out[:index], held_out[index + 1 :]])
+        reference = _reference(others[:, :num_means], others, kinds, scoring)
+        one = anomaly_map(held_out[index : index + 1], reference, kinds=kinds, scoring=scoring)
         scores.append(float(image_score(one)))
-    return Reference.of(held_out, spread=scoring.spread), scores
+    return _reference(held_out[:, :num_means], held_out, kinds, scoring), scores
 
 
-def scored_maps(
-    evidence: Float[Tensor, "b k h w"], reference: Reference, scoring: ScoringConfig
-) -> Float[Tensor, "b h w"]:
-    """The anomaly maps under these settings: one way for calibration and inspection."""
-    return anomaly_map(evidence, reference, deviation=scoring.deviation, segmenter_weight=scoring.segmenter_weight)
+def _reference(
+    for_means: Float[Tensor, "m l h w"], held_out: Float[Tensor, "n k h w"], kinds: Sequence[Evidence],
+    scoring: ScoringConfig,
+) -> Reference:  # fmt: skip
+    reference = Reference.of(for_means, spread=scoring.spread and "difference" in kinds)
+    if "distribution" in kinds:  # the last: it has taken off each place's mean itself
+        zero = held_out.new_zeros(1, *held_out.shape[-2:])
+        reference = replace(reference, mean=torch.cat([reference.mean, zero]))
+    if len(kinds) == 1:
+        return reference
+    return replace(reference, tails=tails_of(held_out, reference, kinds=kinds, scoring=scoring))

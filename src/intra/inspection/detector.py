@@ -22,17 +22,19 @@ from intra.config import Config, ModelConfig, ScoringConfig
 from intra.data.files import write_atomically
 from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
-from intra.inspection.anomaly import Reference, difference_map, image_score
-from intra.inspection.calibration import Threshold, choose_threshold, given_threshold, scored_maps
+from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
+from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
 from intra.inspection.device import autocast, pick_device
+from intra.inspection.distribution import PatchDistribution, ScaleDistribution, cell_grid
 from intra.inspection.inpaint import log_odds, repaired_views
 from intra.models import build
 from intra.similarity import box_blur
 
 __all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
 
-FORMAT_VERSION = 2  # of model.safetensors; other versions are refused
+FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
+DISTRIBUTION_TENSORS = ("filters", "mean", "whitening")  # of each scale, in the model file
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
 
@@ -75,14 +77,15 @@ class Detector:
         reference: Reference,
         held_out_scores: Sequence[float],
         provenance: dict[str, Any],
+        distribution: PatchDistribution | None = None,
         threshold: Threshold | None = None,
         device: str = "auto",
     ) -> None:
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.config = config
-        spread = reference.spread
-        self.reference = Reference(reference.mean.to(self.device), None if spread is None else spread.to(self.device))
+        self.reference = reference.to(self.device)
+        self.distribution = distribution.to(self.device) if distribution else None
         self.held_out_scores = list(held_out_scores)
         self.provenance = provenance
         self.calibration = threshold or choose_threshold(self.held_out_scores, config.scoring.false_reject_rate)
@@ -105,7 +108,9 @@ class Detector:
             config.check_grid()
             scores, provenance = header["calibration"]["held_out_scores"], header["provenance"]
             chosen = Threshold(**header["calibration"]["threshold"])
-            reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None))
+            reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None),
+                                  tensors.pop("reference.tails", None))
+            distribution = _distribution(config, tensors)
             _check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
                 model = build(config.model)
@@ -117,8 +122,8 @@ class Detector:
             chosen = given_threshold(scores, threshold)
         elif false_reject_rate is not None:
             chosen = choose_threshold(scores, false_reject_rate)
-        return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance, threshold=chosen,
-                   device=device)
+        return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
+                   distribution=distribution, threshold=chosen, device=device)
 
     @property
     def threshold(self) -> float:
@@ -141,9 +146,11 @@ class Detector:
     def save(self, path: str | Path) -> None:
         """Writes the model file: whole or not at all."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors["reference.mean"] = self.reference.mean
-        if self.reference.spread is not None:
-            tensors["reference.spread"] = self.reference.spread
+        reference = self.reference
+        tensors |= {f"reference.{name}": part for name, part in (
+            ("mean", reference.mean), ("spread", reference.spread), ("tails", reference.tails)) if part is not None}
+        for index, part in enumerate(self.distribution.parts if self.distribution else ()):
+            tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         header = json.dumps(self.info, sort_keys=True)
         digest = _digest(header, tensors)
@@ -172,8 +179,10 @@ class Detector:
         batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
                              for array in arrays]).to(self.device)
         scoring = self.config.scoring
-        repaired, evidence = repair(self.model, batch, model_config=config, scoring=scoring)
-        maps = scored_maps(evidence, self.reference, scoring)
+        kinds = evidence_kinds(scoring, has_segmenter=config.segmenter_width > 0)
+        repaired, evidence = repair(self.model, batch, model_config=config, scoring=scoring, kinds=kinds,
+                                    distribution=self.distribution)
+        maps = anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
         scores = image_score(maps).tolist()
         return [
             self._verdict(score, one_map, one_repaired, array)
@@ -198,24 +207,34 @@ class Detector:
 
 
 def repair(
-    model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
-    """The repaired images, and the evidence of images in [0, 1]: their difference maps and, if the model has a
-    segmenter, its log-odds. One way for training and inspection.
+    model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig,
+    kinds: Sequence[Evidence], distribution: PatchDistribution | None = None,
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:  # fmt: skip
+    """The repaired images, and these kinds of evidence of images in [0, 1]. One way for training and inspection.
 
-    Where the network repairs an image several times, the means.
+    Where the network repairs an image several times, the means. Without a distribution, which is made from images that
+    were repaired before, its evidence is left out.
     """
     with torch.no_grad():
         with autocast(images.device, scoring.precision):
             views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice)
-        differences = [difference_map(images, view, scales=scoring.scales, blur_size=scoring.blur_size,
-                                      kind=scoring.difference) for view in views]
-        evidence = [torch.stack(differences).mean(0)]
-        if model_config.segmenter_width and scoring.segmenter_weight:
-            with autocast(images.device, scoring.precision):
-                odds = log_odds(model, images)
-            evidence.append(box_blur(odds, SEGMENTER_BLUR))
-        return torch.stack(views).mean(0), torch.stack(evidence, dim=1)
+        repaired = torch.stack(views).mean(0)
+        evidence = [images.new_zeros(len(images), 0, *images.shape[-2:])]
+        for kind in kinds:
+            if kind == "difference":
+                found = torch.stack([difference_map(images, view, scales=scoring.scales, blur_size=scoring.blur_size,
+                                                    kind=scoring.difference) for view in views]).mean(0)
+            elif kind == "segmenter":
+                with autocast(images.device, scoring.precision):
+                    found = box_blur(log_odds(model, images), SEGMENTER_BLUR)
+            elif kind == "distribution":
+                if distribution is None:
+                    continue
+                found = distribution.evidence(images, repaired)
+            else:
+                raise ValueError(f"evidence is {kind!r}; expected difference, segmenter or distribution")
+            evidence.append(found[:, None])
+        return repaired, torch.cat(evidence, dim=1)
 
 
 def _model_file(path: Path) -> Path:
@@ -249,6 +268,26 @@ def _read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def _distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistribution | None:
+    """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config."""
+    scoring, model = config.scoring, config.model
+    if not scoring.distribution_weight:
+        return None
+    grid = cell_grid(model.image_size, scoring.cell_size)
+    parts = []
+    for index, _ in enumerate(scoring.distribution_scales):
+        part = ScaleDistribution(*(tensors.pop(f"distribution.{index}.{name}") for name in DISTRIBUTION_TENSORS))
+        width = part.num_features
+        if part.mean.shape != (grid[0] * grid[1], width) or part.whitening.shape != (*part.mean.shape, width) or (
+                part.filters.ndim != 4 or part.filters.shape[1] != model.channels):
+            raise ValueError("a distribution of another size than the image's")
+        if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (
+                part.filters, part.mean, part.whitening)):
+            raise ValueError("a distribution with numbers that are not finite, or not fp32")
+        parts.append(part)
+    return PatchDistribution(grid, scoring.distribution_scales, tuple(parts))
+
+
 def _check_content(
     config: Config, tensors: dict[str, Tensor], reference: Reference, numbers: Sequence[object], provenance: object
 ) -> None:
@@ -256,15 +295,18 @@ def _check_content(
     depth = sum(name.startswith("model.blocks.") and name.endswith(".norm1.weight") for name in tensors)
     if config.model.network == "intra" and depth != config.model.depth:  # before a network of that depth is built
         raise ValueError(f"depth {config.model.depth}, but {depth} blocks")
-    parts = [reference.mean, *([] if reference.spread is None else [reference.spread])]
-    num_maps = 2 if config.model.segmenter_width and config.scoring.segmenter_weight else 1
-    if reference.mean.shape != (num_maps, *config.model.image_size) or any(
-            part.shape != config.model.image_size for part in parts[1:]):
+    kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
+    expected = {"mean": (len(kinds), *config.model.image_size), "spread": config.model.image_size,
+                "tails": (len(kinds), 2)}
+    parts = {name: part for name in expected if (part := getattr(reference, name)) is not None}
+    if any(part.shape != expected[name] for name, part in parts.items()):
         raise ValueError("reference maps of another number or size than the image's")
+    if ("tails" in parts) != (len(kinds) > 1):
+        raise ValueError(f"{len(kinds)} kinds of evidence, {'with' if 'tails' in parts else 'without'} their tails")
     counters = [tensors[name] for name in tensors if name.endswith(".num_batches_tracked")]
     numbers_of_net = [tensors[name] for name in tensors if not name.endswith(".num_batches_tracked")]
     if any(counter.dtype != torch.int64 for counter in counters) or any(
-            part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts, *numbers_of_net)):
+            part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts.values(), *numbers_of_net)):
         raise ValueError("numbers that are not finite, or not fp32")
     if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
         raise ValueError("a threshold or a score that is no number")

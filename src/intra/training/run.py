@@ -21,9 +21,11 @@ from intra.data.files import name_below, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
+from intra.inspection.anomaly import evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import pick_device, uses_bf16
+from intra.inspection.distribution import PatchMoments
 from intra.models import build
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.engine import Budget, Report, fit
@@ -279,11 +281,12 @@ def _budget(
         return Budget(steps=steps)
     if epochs is None and stored is not None:
         return Budget(**stored["budget"])
-    if epochs is None and config.train.max_steps is not None:
-        return Budget(steps=config.train.max_steps)
+    if epochs is None and (config.train.max_steps or config.train.max_minutes):
+        return Budget(config.train.max_steps, config.train.max_minutes and config.train.max_minutes * 60)
     epochs = epochs if epochs is not None else config.train.max_epochs
     if epochs is None:
-        raise InTraError("no budget: give --minutes, --epochs or --steps, or set train.max_steps or train.max_epochs")
+        raise InTraError("no budget: give --minutes, --epochs or --steps, or set train.max_steps, train.max_minutes or "
+                         "train.max_epochs")
     return Budget(steps=epochs * steps_per_epoch)
 
 
@@ -298,21 +301,36 @@ def _calibrated(
     model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
     provenance: dict[str, Any], device: torch.device, on_calibration: Callable[[int, int], None] | None,
 ) -> Detector:  # fmt: skip
-    """The detector with its reference and threshold from good images."""
+    """The detector with what good images are like, and its threshold, from training and held-out images."""
     model = model.to(device).eval()
-    count = 0 if config.scoring.reference == "validation" else min(
-        len(training), config.scoring.max_reference_images or len(training))
+    scoring = config.scoring
+    kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
+    moments = PatchMoments(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
+                           cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
+    learns = moments is not None or scoring.reference == "training"
+    count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
-    images = torch.cat([validation, training[chosen.to(training.device)]])
-    found = []
-    for chunk in images.split(8):
-        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1].cpu())
+    trained_on: list[Tensor] = []
+    held_out: list[tuple[Tensor, Tensor, Tensor]] = []  # photos, repaired, evidence
+    for chunk in (*training[chosen.to(training.device)].split(8), *validation.split(8)):
+        photos = to_unit(chunk)
+        repaired, evidence = repair(model, photos, model_config=config.model, scoring=scoring, kinds=kinds)
+        if sum(map(len, trained_on)) < count:
+            trained_on.append(evidence.cpu())
+            if moments:
+                moments.add(photos, repaired)
+        else:
+            held_out.append((photos, repaired, evidence))
         if on_calibration:
-            on_calibration(sum(map(len, found)), len(images))
-    held_out, trained_on = torch.cat(found).split([len(validation), count])
-    reference, scores = calibrate(held_out, trained_on if count else None, scoring=config.scoring)
+            on_calibration(sum(map(len, trained_on)) + sum(len(each[0]) for each in held_out), count + len(validation))
+    distribution = moments.fitted([(photos, repaired) for photos, repaired, _ in held_out]) if moments else None
+    unseen = torch.cat([
+        torch.cat([evidence, distribution.evidence(photos, repaired)[:, None]], dim=1) if distribution else evidence
+        for photos, repaired, evidence in held_out]).cpu()
+    reference, scores = calibrate(unseen, torch.cat(trained_on) if scoring.reference == "training" else None,
+                                  kinds=kinds, scoring=scoring)
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                    device=str(device))
+                    distribution=distribution, device=str(device))
 
 
 def _software(device: torch.device) -> dict[str, str]:

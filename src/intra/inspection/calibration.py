@@ -12,7 +12,7 @@ from intra.config import ScoringConfig
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, image_score, tails_of
 
-__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold"]
+__all__ = ["LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold", "moved_threshold"]
 
 LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
 
@@ -62,6 +62,20 @@ def given_threshold(scores: Sequence[float], value: float) -> Threshold:
         raise InTraError(f"the threshold is {value}; it must be a finite number")
     rate = (sum(score > value for score in scores) + 1) / (len(scores) + 1)
     return Threshold(float(value), rate, rate, len(scores))
+
+
+def moved_threshold(
+    stored: Threshold, scores: Sequence[float], *, threshold: float | None, false_reject_rate: float | None
+) -> Threshold:
+    """The stored threshold, or what replaces it: a value, or the rate that it is to promise.
+
+    Raises InTraError if both are given, or one is out of its range.
+    """
+    if threshold is not None and false_reject_rate is not None:
+        raise InTraError("give threshold or false_reject_rate, not both")
+    if threshold is not None:
+        return given_threshold(scores, threshold)
+    return stored if false_reject_rate is None else choose_threshold(scores, false_reject_rate)
 
 
 def calibrate(

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from intra.data.files import write_atomically
 from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
-from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
+from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold
 from intra.inspection.device import autocast, pick_device
 from intra.inspection.distribution import PatchDistribution, ScaleDistribution, cell_grid
-from intra.inspection.inpaint import log_odds, repaired_views
+from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.models import build
 from intra.similarity import box_blur
 
@@ -36,6 +37,9 @@ FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = ("filters", "mean", "whitening")  # of each scale, in the model file
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
+# Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
+# inspection knows no other runtime: docs/decisions/0010-export.md
+READERS = {".onnx": "intra.deploy.exported", ".xml": "intra.deploy.exported"}
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
 
 Image = str | Path | PIL.Image.Image | np.ndarray
@@ -95,13 +99,16 @@ class Detector:
         cls, path: str | Path, *, device: str = "auto", threshold: float | None = None,
         false_reject_rate: float | None = None,
     ) -> "Detector":  # fmt: skip
-        """The detector in a run's folder or in a model file.
+        """The detector in a run's folder, in a model file, or in an exported model (.onnx, or OpenVINO's .xml).
 
         `threshold`, or the `false_reject_rate` that it is to promise, replaces the stored one. Raises InTraError if the
         file is missing, damaged, no model of intra, or of another format version.
         """
-        if threshold is not None and false_reject_rate is not None:
-            raise InTraError("give threshold or false_reject_rate, not both")
+        reader = READERS.get(Path(path).suffix.lower())
+        if reader is not None and not Path(path).is_dir():
+            exported: Detector = import_module(reader).load_exported(
+                Path(path), device=device, threshold=threshold, false_reject_rate=false_reject_rate)
+            return exported
         header, tensors = _read_model(_model_file(Path(path)))
         try:
             config = Config.from_dict(header["config"])
@@ -118,10 +125,7 @@ class Detector:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = (str(error).splitlines() or ["?"])[0]
             raise InTraError(f"{path} does not hold what its header says ({reason}); train or copy it again") from error
-        if threshold is not None:
-            chosen = given_threshold(scores, threshold)
-        elif false_reject_rate is not None:
-            chosen = choose_threshold(scores, false_reject_rate)
+        chosen = moved_threshold(chosen, scores, threshold=threshold, false_reject_rate=false_reject_rate)
         return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
                    distribution=distribution, threshold=chosen, device=device)
 
@@ -174,15 +178,19 @@ class Detector:
             arrays = [read_image(image) for image in images[start : start + IMAGES_PER_BATCH]]
             yield from self._predict_arrays(arrays)
 
+    def inspect(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
+        """The repaired images and the anomaly maps of images in [0, 1], of the model's own size and on its device."""
+        scoring = self.config.scoring
+        kinds = evidence_kinds(scoring, has_segmenter=self.config.model.segmenter_width > 0)
+        repaired, evidence = repair(self.model, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
+                                    distribution=self.distribution)
+        return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
+
     def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         config = self.config.model
         batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
                              for array in arrays]).to(self.device)
-        scoring = self.config.scoring
-        kinds = evidence_kinds(scoring, has_segmenter=config.segmenter_width > 0)
-        repaired, evidence = repair(self.model, batch, model_config=config, scoring=scoring, kinds=kinds,
-                                    distribution=self.distribution)
-        maps = anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
+        repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
         return [
             self._verdict(score, one_map, one_repaired, array)
@@ -208,18 +216,18 @@ class Detector:
 
 def repair(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig,
-    kinds: Sequence[Evidence], distribution: PatchDistribution | None = None,
+    kinds: Sequence[Evidence], distribution: PatchDistribution | None = None, hiding: Hiding | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:  # fmt: skip
     """The repaired images, and these kinds of evidence of images in [0, 1]. One way for training and inspection.
 
     Where the network repairs an image several times, the means. Without a distribution, which is made from images that
-    were repaired before, its evidence is left out.
+    were repaired before, its evidence is left out. `hiding`, for tracing, as for `repaired_views`.
     """
     with torch.no_grad():
         with autocast(images.device, scoring.precision):
-            views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice)
+            views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice, hiding=hiding)
         repaired = torch.stack(views).mean(0)
-        evidence = [images.new_zeros(len(images), 0, *images.shape[-2:])]
+        evidence = [images.new_zeros(images.shape[0], 0, *images.shape[-2:])]  # len() would fix it in a graph
         for kind in kinds:
             if kind == "difference":
                 found = torch.stack([difference_map(images, view, scales=scoring.scales, blur_size=scoring.blur_size,

@@ -63,7 +63,7 @@ class PatchDistribution:
 
     def evidence(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
         """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]."""
-        total = photos.new_zeros(len(photos), *self.grid)
+        total = photos.new_zeros(photos.shape[0], *self.grid)
         for scale, part in zip(self.scales, self.parts, strict=True):
             features = _features(photos, repaired, part.filters, scale, self.grid)
             total = total + part.distances(features).log1p().T.unflatten(1, self.grid)

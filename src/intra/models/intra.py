@@ -100,16 +100,18 @@ class InTra(nn.Module):
         self.segmenter = make_segmenter() if make_segmenter else None
 
     def forward(
-        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
-    ) -> Float[Tensor, "h p"]:
+        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"],
+        places: Int[Tensor, " h"] | None = None,
+    ) -> Float[Tensor, "h p"]:  # fmt: skip
         """The inpainted patches, in the order of `patches[hidden]`, which is their target.
 
         Args:
             patches: pixels in [0, 1]; those of hidden patches have no influence.
             positions: each patch's place in the whole grid (`geometry.window_positions`).
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
+            places: `hidden.flatten().nonzero()[:, 0]`, from who knows it: then no shape depends on a value.
         """
-        return self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden)
+        return self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden, places)
 
     def segment(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
         """The segmenter's log-odds of a defect in each cell of 2 × 2 px of photos in [0, 1]."""
@@ -141,9 +143,13 @@ class InTra(nn.Module):
         laid = tokens.transpose(1, 2).unflatten(2, self.window_shape)  # (B, D, rows, cols)
         return tokens + self.pos_convs[index](laid).flatten(2).transpose(1, 2)
 
-    def read_out(self, tokens: Float[Tensor, "b t d"], hidden: Bool[Tensor, "b t"]) -> Float[Tensor, "h p"]:
+    def read_out(
+        self, tokens: Float[Tensor, "b t d"], hidden: Bool[Tensor, "b t"], places: Int[Tensor, " h"] | None = None
+    ) -> Float[Tensor, "h p"]:
         """The inpainted patches from the output tokens; no activation, so pixels may leave [0, 1]."""
-        return self.head(tokens.mean(1) if self.readout == "mean" else tokens[hidden])
+        if self.readout == "mean":
+            return self.head(tokens.mean(1))
+        return self.head(tokens[hidden] if places is None else tokens.flatten(0, 1)[places])
 
 
 def long_residual_pairs(depth: int) -> dict[int, int]:

@@ -11,6 +11,7 @@ from intra.errors import InTraError
 if TYPE_CHECKING:
     from intra.config import Config, preset
     from intra.data.folder import check_data
+    from intra.deploy.export import export
     from intra.evaluation.benchmark import benchmark
     from intra.evaluation.evaluate import evaluate
     from intra.inspection.detector import Defect, Detector, Prediction
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Defect", "Detector", "InTraError", "Prediction", "Run", "benchmark", "check_data", "evaluate",
-           "preset", "train"]
+           "export", "preset", "train"]
 
 _HOME = {
     "Config": "intra.config",
@@ -26,6 +27,7 @@ _HOME = {
     "benchmark": "intra.evaluation.benchmark",
     "check_data": "intra.data.folder",
     "evaluate": "intra.evaluation.evaluate",
+    "export": "intra.deploy.export",
     "Defect": "intra.inspection.detector",
     "Detector": "intra.inspection.detector",
     "Prediction": "intra.inspection.detector",

@@ -33,7 +33,7 @@ DataArgument = Annotated[Path, typer.Argument(
                          "plain folder of photos of good parts.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
 RunArgument = Annotated[Path, typer.Argument(
-    metavar="RUN", help="The folder that `intra train` wrote, or a model file.")]
+    metavar="RUN", help="The folder that `intra train` wrote, a model file, or an exported model.")]
 NormalOption = Annotated[Path | None, typer.Option(
     metavar="DIR", help="Photos of good parts, where DATA is no category; below DATA or anywhere.")]
 AnomalousOption = Annotated[Path | None, typer.Option(
@@ -189,6 +189,39 @@ def predict(
                          f"in {out / 'predictions.jsonl'}")
 
 
+@app.command(epilog="Example: `intra export runs/bottle --format onnx --out bottle.onnx --data photos/bottle`")
+def export(
+    run: RunArgument,
+    file_format: Annotated[str, typer.Option("--format", metavar="onnx|openvino", help="What is to run it.")],
+    out: Annotated[Path, typer.Option(
+        "--out", metavar="FILE", help="Ends in .onnx, or for OpenVINO in .xml, beside which a .bin is written.")],
+    precision: Annotated[str, typer.Option(
+        metavar="fp32|fp16|int8", help="fp16 stores weights in half the bits; int8 computes the networks' products in "
+                                       "8 bits and needs --data.")] = "fp32",
+    data: Annotated[Path | None, typer.Option(
+        metavar="DATA", help="Photos on which the maps are compared, instead of built-in ones; a category with tests "
+                             "also gives the AUROC before and after.")] = None,
+    normal: NormalOption = None,
+) -> None:  # fmt: skip
+    """Write a model for ONNX Runtime or OpenVINO, if its maps stay within a stated tolerance. Exit 1 if they do not."""
+    from intra.deploy.export import TOLERANCES, ParityError
+    from intra.deploy.export import export as write
+
+    try:
+        found = write(run, out, format=_one_of("--format", file_format, "onnx", "openvino"),
+                      precision=_one_of("--precision", precision, *TOLERANCES), data=data, normal=normal)
+    except ParityError as error:
+        _say_error(str(error))
+        raise typer.Exit(1) from None
+    console, checked = _console(), found.parity
+    console.print(f"{checked.num_photos} photos ({checked.photos}): maps differ by {checked.largest_difference:.1e} of "
+                  f"their range at most, {checked.mean_difference:.1e} on average", highlight=False, markup=False)
+    if checked.image_auroc is not None:
+        console.print(f"image AUROC on {checked.num_labelled} labelled photos: {checked.image_auroc:.4f}, before the "
+                      f"export {checked.image_auroc_before:.4f}", highlight=False, markup=False)
+    console.print(f"wrote {found.path} ({found.size_mib:.1f} MiB)", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
@@ -308,6 +341,15 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         for name, reason in results.get("reasons", {}).items():
             console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _one_of(option: str, value: str, *known: str) -> Any:
+    """The value, if it is one of these."""
+    if value in known:
+        return value
+    from intra.config import nearest
+
+    raise InTraError(f"{option} is {value!r}; expected {', '.join(known)}{nearest(value, known)}")
 
 
 def _loss(value: float) -> str:

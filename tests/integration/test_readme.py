@@ -24,7 +24,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     assert all(line.startswith(HANDLED) for line in COMMANDS)
 
 
@@ -49,6 +49,7 @@ def test_the_commands_for_ones_own_photos(desk):
     for command in COMMANDS:
         if command.startswith("intra "):
             run(command.replace("--minutes 15", SHORT), desk)
+    assert (desk / "bottle.onnx").exists()
     assert (desk / "results/bottle/report.html").exists()
     assert (desk / "verdicts/predictions.jsonl").exists()
     assert list((desk / "verdicts/images").glob("*_repaired.png"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import intra
+from intra.inspection.detector import READERS
 
 SOURCE = Path(intra.__file__).parent
 LAYERS = [  # left never imports right; modules of one layer may import each other
@@ -29,6 +30,7 @@ WALLS = {  # third parties, and the only places that may import them
     "rich": ("cli.py",),
     "sklearn": ("evaluation/metrics.py",),
     "tensorboard": ("training/",),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino"), ("deploy/export",)),
 }
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -67,6 +69,13 @@ def test_third_parties_stay_behind_their_walls(path):
         allowed = WALLS.get(name.split(".")[0])
         if allowed is not None:
             assert place.startswith(allowed), f"{place} imports {name}"
+
+
+def test_only_readers_of_exported_models_are_imported_by_name():
+    """docs/decisions/0010-export.md: inspection names them in a table, and only them."""
+    users = {path.relative_to(SOURCE).as_posix() for path in MODULES if "import_module" in path.read_text()}
+    assert users == {"__init__.py", "inspection/detector.py"}
+    assert set(READERS.values()) == {"intra.deploy.exported"}
 
 
 def test_models_see_no_file_device_or_loss():

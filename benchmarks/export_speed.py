@@ -1,0 +1,113 @@
+"""How quick exported models are, and what they cost in accuracy: a table and a JSON file.
+
+    python benchmarks/export_speed.py RUN DATA --out benchmarks/results/export/speed.json
+
+RUN is a run's folder, DATA the category that it was trained on, with tests. Each export is checked as `intra export`
+checks it; one that is refused is named with its reason. Then the same photos go through the run's own model and through
+every file, one by one and in batches, each contender in turn, round after round, so that other work on the machine
+meets all alike. A time is the median over the rounds of the process's CPU time on one thread: what one core needs, also
+where other programs take their share of it. Wall time is in the JSON.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import intra
+from intra.data.files import write_atomically
+from intra.data.folder import find_category
+from intra.data.images import prepare, read_image, to_unit
+from intra.deploy.export import SUFFIXES, TOLERANCES, ParityError, export
+from intra.inspection.detector import Detector
+
+BATCHES = (1, 8)
+
+
+def exported(run: Path, data: Path, folder: Path) -> tuple[dict[str, Detector], dict[str, Any]]:
+    """The run's own model and those files that pass the check, by name; what the check found of each."""
+    contenders, checks = {"torch fp32": Detector.load(run, device="cpu")}, {}
+    for file_format, suffix in SUFFIXES.items():
+        for precision in TOLERANCES:
+            name, file = f"{file_format} {precision}", folder / f"{precision}{suffix}"
+            try:
+                found = export(run, file, format=file_format, precision=precision, data=data)
+            except ParityError as error:
+                checks[name] = {"refused": str(error).replace(str(folder), "")}
+                continue
+            contenders[name] = Detector.load(file)
+            checks[name] = asdict(found.parity) | {"size_mib": found.size_mib}
+            print(name, checks[name], flush=True)
+    return contenders, checks
+
+
+def times(contenders: dict[str, Detector], photos: torch.Tensor, rounds: int) -> dict[str, Any]:
+    """ms an image of each contender and batch: median CPU and wall time; the first round warms up."""
+    samples: dict[str, dict[int, list[tuple[float, float]]]] = {name: {b: [] for b in BATCHES} for name in contenders}
+    for _ in range(rounds + 1):
+        for name, detector in contenders.items():
+            for batch in BATCHES:
+                wall, cpu = time.perf_counter(), time.process_time()
+                detector.inspect(photos[:batch])
+                samples[name][batch].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return {name: {str(batch): {"cpu_ms": 1000 * statistics.median(each[0] for each in found[1:]) / batch,
+                                "wall_ms": 1000 * statistics.median(each[1] for each in found[1:]) / batch}
+                   for batch, found in batches.items()} for name, batches in samples.items()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What the documents show."""
+    lines = ["| model | ms an image, single | in batches of 8 | file, MiB | largest map difference | image AUROC "
+             "before → after |", "|---|---|---|---|---|---|"]
+    for name, speed in found["times"].items():
+        check = found["checks"].get(name)
+        ms = " | ".join(f"{speed[str(batch)]['cpu_ms']:.1f}" for batch in BATCHES)
+        lines.append(f"| {name} | {ms} | " + ("— | — | — |" if check is None else (
+            f"{check['size_mib']:.1f} | {check['largest_difference']:.1e} | {check['image_auroc_before']:.4f} → "
+            f"{check['image_auroc']:.4f} |")))
+    lines += [f"| {name} | refused: {check['refused']} | | | | |" for name, check in found["checks"].items()
+              if "refused" in check]
+    return "\n".join(lines)
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, and what runs on it."""
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+              if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    return {"processor": models[0], "cores": len(models), "threads": torch.get_num_threads(), "commit": commit,
+            "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders, checks = exported(arguments.run, arguments.data, Path(folder))
+        config = contenders["torch fp32"].config.model
+        paths = [test.path for test in find_category(arguments.data).test][: max(BATCHES)]
+        photos = torch.stack([to_unit(prepare(read_image(path), size=config.image_size, channels=config.channels))
+                              for path in paths])
+        found = {"times": times(contenders, photos, arguments.rounds), "checks": checks, "hardware": hardware(),
+                 "image_size": config.image_size, "rounds": arguments.rounds}
+    write_atomically(arguments.out, json.dumps(found, indent=2) + "\n")
+    print(table(found))
+    print(found["hardware"])
+
+
+if __name__ == "__main__":
+    main()

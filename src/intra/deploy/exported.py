@@ -1,0 +1,173 @@
+"""An exported model behind the Detector's own interface: ONNX Runtime or OpenVINO computes, all else is shared.
+
+The graph takes photos (B, H, W, C) of uint8 at the model's own size and a threshold, and gives the repaired images
+(B, H, W, C), the anomaly maps (B, H, W), the scores and which are above the threshold. What else the Detector needs to
+know, config, calibration and provenance, travels in the file as JSON: docs/decisions/0010-export.md
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from intra.config import Config
+from intra.errors import InTraError
+from intra.inspection.anomaly import Reference
+from intra.inspection.calibration import Threshold, moved_threshold
+from intra.inspection.detector import Detector
+
+__all__ = ["EXPORT_VERSION", "METADATA_KEY", "OUTPUTS", "ExportedDetector", "extra_installed", "load_exported"]
+
+EXPORT_VERSION = 1  # of inputs, outputs and header; other versions are refused
+METADATA_KEY = "intra"  # of ONNX's metadata_props and OpenVINO's rt_info
+OUTPUTS = ("repaired", "anomaly_map", "score", "is_anomalous")
+LEVELS = 255  # of a pixel: the graph takes 8 bits
+
+
+class Graph(Protocol):
+    """A graph that a runtime has loaded."""
+
+    metadata: str | None  # what the file says of itself under METADATA_KEY
+
+    def run(self, photos: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+        """The outputs by name, for photos (B, H, W, C) of uint8."""
+
+
+class ExportedDetector(Detector):
+    """A detector whose arithmetic runs in ONNX Runtime or OpenVINO. Photos of more than 8 bits are rounded to 8."""
+
+    def __init__(
+        self, graph: Graph, config: Config, *, held_out_scores: list[float], provenance: dict[str, Any],
+        export: dict[str, Any], threshold: Threshold,
+    ) -> None:  # fmt: skip
+        in_the_graph = Reference(torch.zeros(0, *config.model.image_size), None)
+        super().__init__(nn.Identity(), config, reference=in_the_graph, held_out_scores=held_out_scores,
+                         provenance=provenance, threshold=threshold, device="cpu")
+        self.graph = graph
+        self.export = export
+
+    def inspect(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
+        """The repaired images and the anomaly maps of images in [0, 1], of the model's own size."""
+        photos = (images * LEVELS).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        found = self.graph.run(photos, self.threshold)
+        return (torch.from_numpy(found["repaired"]).permute(0, 3, 1, 2).contiguous(),
+                torch.from_numpy(found["anomaly_map"]))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """All that the file says of itself, fit for JSON; under "export" what it was exported to, and how it differs
+        from the model that it was made of.
+        """
+        return super().info | {"export": self.export}
+
+    def save(self, path: str | Path) -> None:
+        """An exported model holds no weights to save: raises InTraError."""
+        raise InTraError(f"an exported model cannot be saved as {path}; copy its own file, or export its run again")
+
+
+def load_exported(
+    file: Path, *, device: str = "auto", threshold: float | None = None, false_reject_rate: float | None = None
+) -> ExportedDetector:
+    """The detector in a file that `intra export` wrote; `Detector.load` comes here.
+
+    Raises InTraError if it is missing, damaged, none of intra's or of another version, if its runtime is not
+    installed, or for a device other than the CPU.
+    """
+    if not file.is_file():
+        raise InTraError(f"no exported model at {file}; make one with `intra export`")
+    if device not in ("auto", "cpu"):
+        raise InTraError(f"device is {device!r}; an exported model runs on the CPU here: pass --device cpu, or load "
+                         "the run that it was made of")
+    graph: Graph = _OnnxGraph(file) if file.suffix.lower() == ".onnx" else _OpenVinoGraph(file)
+    header = _header(file, graph.metadata)
+    try:
+        config = Config.from_dict(header["config"])
+        config.check_grid()
+        scores = [float(score) for score in header["calibration"]["held_out_scores"]]
+        stored = Threshold(**header["calibration"]["threshold"])
+        provenance, export = dict(header["provenance"]), dict(header["export"])
+        is_finite = all(math.isfinite(number) for number in (stored.value, *scores))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InTraError(f"{file} does not hold what its header says ({error}); export or copy it again") from error
+    if not is_finite:
+        raise InTraError(f"{file} has a threshold or a score that is no number; export or copy it again")
+    chosen = moved_threshold(stored, scores, threshold=threshold, false_reject_rate=false_reject_rate)
+    return ExportedDetector(graph, config, held_out_scores=scores, provenance=provenance, export=export,
+                            threshold=chosen)
+
+
+def _header(file: Path, metadata: str | None) -> dict[str, Any]:
+    """Config, calibration and provenance. Raises InTraError where a file has none, or another version's."""
+    if metadata is None:
+        raise InTraError(f"{file} is no model of intra's; make one with `intra export`")
+    try:
+        envelope = json.loads(metadata)
+        export_version, header = envelope["export_version"], dict(envelope["header"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InTraError(f"{file} is damaged: its header cannot be read ({error}); export or copy it again") from error
+    if export_version != EXPORT_VERSION:
+        raise InTraError(f"{file} has export version {export_version}; this intra reads version {EXPORT_VERSION}; "
+                         "export its run again")
+    return header
+
+
+@contextmanager
+def extra_installed() -> Iterator[None]:
+    """Turns the lack of a package into one sentence that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InTraError(f"{error.name} is not installed; exported models need: pip install 'intra-ad[export]'"
+                         ) from error
+
+
+class _OnnxGraph:
+    def __init__(self, file: Path) -> None:
+        with extra_installed():
+            import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors; it warns that the threshold, an input with a default, can be moved
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own exceptions have no common base but this
+            raise _damaged(file, error) from error
+        self.metadata: str | None = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+    def run(self, photos: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+        given = {"photos": photos, "threshold": np.array(threshold, np.float32)}
+        return dict(zip(OUTPUTS, self._session.run(OUTPUTS, given), strict=True))
+
+
+class _OpenVinoGraph:
+    def __init__(self, file: Path) -> None:
+        with extra_installed():
+            import openvino
+        core = openvino.Core()
+        # fp32 products on every machine: of themselves they would be bf16 on some, and the scores others
+        settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            model = core.read_model(file)
+            known = model.has_rt_info(METADATA_KEY)
+            self.metadata: str | None = str(model.get_rt_info(METADATA_KEY).value) if known else None
+            self._compiled = core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise _damaged(file, error) from error
+
+    def run(self, photos: np.ndarray, threshold: float) -> dict[str, np.ndarray]:
+        request = self._compiled.create_infer_request()  # its own, so that threads may share the model
+        found = request.infer({"photos": photos, "threshold": np.array(threshold, np.float32)})
+        return {name: np.array(found[name]) for name in OUTPUTS}
+
+
+def _damaged(file: Path, error: Exception) -> InTraError:
+    reason = (str(error).strip().splitlines() or ["?"])[0]
+    return InTraError(f"{file} is damaged or no model that its runtime reads ({reason}); export or copy it again")

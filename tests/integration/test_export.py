@@ -1,0 +1,338 @@
+"""Exported models: the same verdicts as the model that they were made of, or no file."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import TINY
+
+from intra.deploy import export as export_module
+from intra.deploy.export import TOLERANCES, ParityError, export, parity
+from intra.deploy.export_formats import InspectionGraph, to_onnx, with_fp16_weights
+from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector
+from intra.errors import InTraError
+from intra.inspection.detector import Detector
+from intra.training.run import train
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "run_onnx.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """Tracing takes seconds: the same model's graph is made once. Every test gets a copy of its own."""
+    graphs: dict[str, bytes] = {}
+
+    def traced(detector):
+        key = json.dumps(detector.info)
+        if key not in graphs:
+            graphs[key] = to_onnx(detector).SerializeToString()
+        return onnx.load_from_string(graphs[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "to_onnx", traced)
+        yield traced
+
+
+@pytest.fixture(scope="module")
+def tests(photos) -> list[Path]:
+    return sorted((photos / "gear" / "test").rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def files(run, photos, traced_once, tmp_path_factory) -> dict[str, Path]:
+    """The gear's model in both formats, checked on its own photos."""
+    folder = tmp_path_factory.mktemp("exported")
+    names = {"onnx": folder / "gear.onnx", "openvino": folder / "gear.xml"}
+    for name, file in names.items():
+        export(run.path, file, format=name, data=photos / "gear")
+    return names
+
+
+def equal(one, other) -> bool:
+    extent = max(1e-6, float(np.ptp(other.anomaly_map)))
+    return (
+        abs(one.score - other.score) < 1e-3 * extent
+        and one.is_anomalous == other.is_anomalous
+        and np.abs(one.anomaly_map - other.anomaly_map).max() < 1e-3 * extent
+        and np.abs(one.repaired.astype(int) - other.repaired.astype(int)).max() <= 1
+    )
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_exported_is_torch_in_any_batch(run, files, tests, name):
+    detector, exported = Detector.load(run.path), Detector.load(files[name])
+    assert isinstance(exported, ExportedDetector)
+    assert exported.threshold == detector.threshold
+    assert exported.held_out_scores == detector.held_out_scores
+    expected = detector.predict_batch(tests)
+    for size in (1, 3, 8):
+        for path, found, known in zip(tests, exported.predict_batch(tests[:size]), expected, strict=False):
+            assert equal(found, known), path
+            assert [d.top for d in found.defects] == [d.top for d in known.defects]
+
+
+def grey_with_a_window(folder: Path) -> Path:
+    """The paper's kind of model, squared difference and mean read-out, on grey photos that are not square."""
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        picture = np.kron(rng.integers(0, 255, (5, 6)), np.ones((8, 8))).astype(np.uint8)
+        PIL.Image.fromarray(picture).save(folder / f"{number}.png")
+    settings = {name: value for name, value in TINY.items() if name != "model.segmenter_width"} | {
+        "model.window_size": "3", "train.windows_per_image": "8", "train.batch_size": "32"}
+    return train(folder, folder / "run", preset="paper", steps=2, image_size="40x48", settings=settings).path
+
+
+def without_a_segmenter(folder: Path, photos: Path) -> Path:
+    """The lattice with the difference and the distribution as evidence."""
+    settings = TINY | {"model.segmenter_width": "0", "scoring.difference_weight": "1"}
+    return train(photos / "gear", folder / "run", steps=2, image_size=64, settings=settings).path
+
+
+@pytest.mark.parametrize("kind", ["grey window", "no segmenter"])
+def test_other_models_are_exported_too(photos, tmp_path, kind):
+    folder = grey_with_a_window(tmp_path) if kind == "grey window" else without_a_segmenter(tmp_path, photos)
+    data, pictures = (tmp_path, tmp_path) if kind == "grey window" else (photos / "gear", photos / "gear/test/dent")
+    found = export(folder, tmp_path / "model.onnx", format="onnx", data=data)
+    assert found.parity.largest_difference <= TOLERANCES["fp32"].largest
+    pictures = sorted(pictures.glob("*.png"))[:3]
+    pairs = zip(Detector.load(tmp_path / "model.onnx").predict_batch(pictures),
+                Detector.load(folder).predict_batch(pictures), strict=True)
+    assert all(equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("preset", ["riad", "autoencoder_l2"])
+def test_the_baselines_graph_is_their_detector(photos, tmp_path, preset):
+    small = {"model.base_width": "4"} if preset == "riad" else {"model.latent_dim": "8"}
+    folder = train(photos / "gear", tmp_path / "run", preset=preset, steps=1, image_size=64, settings=small).path
+    detector = Detector.load(folder)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    repaired, maps = detector.inspect(pixels.permute(0, 3, 1, 2) / 255)
+    with torch.no_grad():
+        found = InspectionGraph(detector)(pixels, torch.tensor(0.0))
+    assert torch.allclose(found[0].permute(0, 3, 1, 2), repaired, atol=1e-5)
+    assert torch.allclose(found[1], maps, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_the_threshold_moves(files, tests, name):
+    exported = Detector.load(files[name])
+    score = exported.predict(tests[0]).score
+    assert not Detector.load(files[name], threshold=score + 1).predict(tests[0]).is_anomalous
+    assert Detector.load(files[name], threshold=score - 1).predict(tests[0]).is_anomalous
+    strict = Detector.load(files[name], false_reject_rate=0.5)
+    assert strict.calibration.false_reject_rate <= 0.5
+    with pytest.raises(InTraError, match="not both"):
+        Detector.load(files[name], threshold=1.0, false_reject_rate=0.5)
+
+
+def test_the_threshold_of_the_graph_is_an_input_with_the_stored_default(run, files):
+    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+    photos = np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3)).astype(np.uint8)
+    score, stored = session.run(["score", "is_anomalous"], {"photos": photos})
+    assert np.array_equal(stored, score > np.float32(Detector.load(run.path).threshold))
+    between = np.sort(score)[:2].mean(keepdims=True).astype(np.float32)
+    (moved,) = session.run(["is_anomalous"], {"photos": photos, "threshold": between.reshape(())})
+    assert sorted(moved) == [False, True, True]
+
+
+def test_the_file_says_what_it_is(run, files):
+    for file in files.values():
+        info = Detector.load(file).info
+        assert info["config"] == Detector.load(run.path).info["config"]
+        assert info["provenance"] == Detector.load(run.path).provenance
+        checked = info["export"]["parity"]
+        assert checked["num_photos"] == 24
+        assert checked["largest_difference"] <= info["export"]["tolerance"]["largest"] == 1e-3
+        assert checked["image_auroc"] == pytest.approx(checked["image_auroc_before"], abs=1e-3)
+
+
+def test_half_the_weights_bits(run, files, photos, tmp_path):
+    for name, suffix in (("onnx", ".onnx"), ("openvino", ".bin")):
+        file = tmp_path / files[name].name
+        found = export(run.path, file, format=name, precision="fp16", data=photos / "gear")
+        assert found.parity.largest_difference <= TOLERANCES["fp16"].largest
+        assert file.with_suffix(suffix).stat().st_size < 0.65 * files[name].with_suffix(suffix).stat().st_size
+
+
+def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path):
+    """An untrained model may do worse in 8 bits; what matters: a file is only there if it is within the tolerance."""
+    file = tmp_path / "gear.onnx"
+    try:
+        found = export(run.path, file, format="onnx", precision="int8", data=photos / "gear")
+    except ParityError as error:
+        assert "int8" in str(error)
+        assert not file.exists()
+        return
+    assert found.parity.image_auroc is not None
+    assert found.parity.image_auroc_before - found.parity.image_auroc <= TOLERANCES["int8"].auroc_loss
+    types = {node.op_type for node in onnx.load(file).graph.node}
+    assert "QuantizeLinear" in types
+
+
+def doctored(proto):
+    """The graph with one weight of the network changed."""
+    weight = max((w for w in proto.graph.initializer if w.data_type == onnx.TensorProto.FLOAT and "head" in w.name),
+                 key=lambda w: w.ByteSize())
+    values = onnx.numpy_helper.to_array(weight) + np.float32(0.05)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    return proto
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_graph_that_differs_is_not_written(run, photos, tmp_path, monkeypatch, traced_once, name):
+    monkeypatch.setattr(export_module, "to_onnx", lambda detector: doctored(traced_once(detector)))
+    file = tmp_path / ("model.onnx" if name == "onnx" else "model.xml")
+    with pytest.raises(ParityError, match=r"was not written: in fp32 the largest difference of the maps"):
+        export(run.path, file, format=name, data=photos / "gear")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_are_none_are_beyond_every_tolerance(run, tests):
+    detector = Detector.load(run.path)
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8)]
+
+    class Broken(Detector):
+        def inspect(self, images):
+            repaired, maps = super().inspect(images)
+            return repaired, maps * float("nan")
+
+    broken = Broken(detector.model, detector.config, reference=detector.reference, provenance={},
+                    held_out_scores=detector.held_out_scores, distribution=detector.distribution)
+    assert len(parity(detector, broken, images).problems(TOLERANCES["int8"])) == 2
+    assert parity(detector, detector, images).problems(TOLERANCES["fp32"]) == []
+
+
+def test_mistakes_are_told(run, files, photos, tmp_path):
+    for wrong, match in (
+        ({"format": "onnx", "out": tmp_path / "model.xml"}, r"must end in \.onnx"),
+        ({"format": "onnx", "out": tmp_path / "model.onnx", "precision": "int8"}, "--data"),
+        ({"format": "onnx", "out": tmp_path / "model.onnx", "data": tmp_path / "nowhere"}, "nowhere"),
+    ):
+        with pytest.raises(InTraError, match=match):
+            export(run.path, **wrong)
+    with pytest.raises(InTraError, match="run's own model"):
+        export(files["onnx"], tmp_path / "again.onnx", format="onnx")
+    with pytest.raises(InTraError, match="cannot be saved"):
+        Detector.load(files["onnx"]).save(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(source: Path, target: Path, change) -> None:
+    """A copy of an exported ONNX file with another header."""
+    proto = onnx.load(source)
+    entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
+    entry.value = change(entry.value)
+    onnx.save(proto, target)
+
+
+def test_damaged_foreign_and_newer_files_are_refused_by_name(files, tmp_path):
+    file = tmp_path / "model.onnx"
+    with pytest.raises(InTraError, match=r"no exported model at .*model\.onnx"):
+        Detector.load(file)
+    file.write_bytes(files["onnx"].read_bytes()[:5000])
+    with pytest.raises(InTraError, match=r"model\.onnx is damaged"):
+        Detector.load(file)
+    for change, match in (
+        (lambda text: "{", "header cannot be read"),
+        (lambda text: json.dumps(json.loads(text) | {"export_version": 99}), "export version 99"),
+        (lambda text: text.replace('"held_out_scores"', '"scores"'), "does not hold what its header says"),
+        (lambda text: text.replace('"value": ', '"value": 1e999, "was": '), "header says|no number"),
+    ):
+        rewritten(files["onnx"], file, change)
+        with pytest.raises(InTraError, match=match):
+            Detector.load(file)
+    foreign = onnx.load(files["onnx"])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, file)
+    with pytest.raises(InTraError, match="no model of intra"):
+        Detector.load(file)
+    (tmp_path / "model.xml").write_text("<html/>")
+    with pytest.raises(InTraError, match=r"model\.xml is damaged"):
+        Detector.load(tmp_path / "model.xml")
+    with pytest.raises(InTraError, match="runs on the CPU"):
+        Detector.load(files["onnx"], device="cuda")
+
+
+def test_a_lacking_package_is_one_sentence(files, monkeypatch):
+    for name, package in (("onnx", "onnxruntime"), ("openvino", "openvino")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InTraError, match=rf"{package} is not installed; .*pip install 'intra-ad\[export\]'"):
+            Detector.load(files[name])
+
+
+def test_small_weights_and_integers_keep_their_bits():
+    values = {"small": np.ones(3, np.float32), "large": np.ones(1000, np.float32),
+              "huge": np.full(1000, 1e6, np.float32), "whole": np.ones(1000, np.int64)}
+    graph = onnx.helper.make_graph([], "weights", [], [], [
+        onnx.numpy_helper.from_array(value, name) for name, value in values.items()])
+    found = with_fp16_weights(onnx.helper.make_model(graph))
+    assert [weight.name for weight in found.graph.initializer] == ["small", "large_fp16", "huge", "whole"]
+    assert [node.output[0] for node in found.graph.node] == ["large"]
+
+
+def test_the_example_runs_without_torch(files, run, tests):
+    """Also without intra itself: only what its header names is imported."""
+    assert len(EXAMPLE.read_text().splitlines()) <= 30
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'intra', 'scipy', 'onnx')));"
+    code = f"{blocked} import runpy; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, files["onnx"], *tests[:3]], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    detector = Detector.load(run.path)
+    for line, path in zip(done.stdout.splitlines(), tests[:3], strict=True):
+        verdict, score, name, _ = line.split("\t")
+        prediction = detector.predict(path)
+        assert name == str(path)
+        assert (verdict == "DEFECT") == prediction.is_anomalous
+        assert float(score) == pytest.approx(prediction.score, rel=1e-3, abs=1e-3)
+
+
+def intra(*words: object, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "intra.cli", *map(str, words)], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_on_the_command_line(run, tests, tmp_path):
+    """Without --data the built-in photos are compared; the file then works wherever a run does."""
+    file = tmp_path / "gear.onnx"
+    said = intra("export", run.path, "--format", "onnx", "--out", file)
+    assert "11 photos (built-in): maps differ by" in said
+    assert f"wrote {file}" in said
+    intra("predict", file, tests[0], "--out", tmp_path / "out")
+    row = json.loads((tmp_path / "out" / "predictions.jsonl").read_text())
+    assert row["score"] == pytest.approx(Detector.load(run.path).predict(tests[0]).score, rel=1e-3, abs=1e-3)
+    assert "did you mean 'openvino'" in intra("export", run.path, "--format", "openvno", "--out", file, code=2)
+    assert "did you mean 'fp16'" in intra("export", run.path, "--format", "onnx", "--out", file, "--precision", "fp61",
+                                           code=2)
+
+
+def test_a_refused_export_exits_with_1(run, tmp_path, monkeypatch, capsys):
+    from intra import cli
+
+    strict = {name: dataclasses.replace(limit, largest=-1.0) for name, limit in TOLERANCES.items()}
+    monkeypatch.setattr(export_module, "TOLERANCES", strict)
+    monkeypatch.setattr(sys, "argv", ["intra", "export", str(run.path), "--format", "onnx", "--out",
+                                      str(tmp_path / "gear.onnx")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "was not written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_have_these_names(files):
+    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+    assert tuple(output.name for output in session.get_outputs()) == OUTPUTS
+    assert [part.name for part in session.get_inputs()] == ["photos"]  # inputs with a default are told apart
+    assert [part.name for part in session.get_overridable_initializers()] == ["threshold"]

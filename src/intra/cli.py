@@ -196,8 +196,8 @@ def export(
     out: Annotated[Path, typer.Option(
         "--out", metavar="FILE", help="Ends in .onnx, or for OpenVINO in .xml, beside which a .bin is written.")],
     precision: Annotated[str, typer.Option(
-        metavar="fp32|fp16|int8", help="fp16 stores weights in half the bits; int8 computes the networks' products in "
-                                       "8 bits and needs --data.")] = "fp32",
+        metavar="fp32|fp16|int8", help="fp16 stores the networks' weights in half the bits; int8 computes their "
+                                       "products in 8 bits and needs --data.")] = "fp32",
     data: Annotated[Path | None, typer.Option(
         metavar="DATA", help="Photos on which the maps are compared, instead of built-in ones; a category with tests "
                              "also gives the AUROC before and after.")] = None,

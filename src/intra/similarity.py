@@ -27,7 +27,8 @@ def ssim_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[
     """Structural similarity in [-1, 1] at each pixel, for pixels in [0, 1]. Beyond the border the edge is repeated."""
     kernel = _gaussian(SSIM_WINDOW, SSIM_SIGMA)
     stack = torch.cat([x, y, x * x, y * y, x * y])  # one pass of the filter for all five
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _separable(stack, kernel, kernel).chunk(5)
+    # unflatten, not chunk: in a traced graph that would fix the number of images
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = _separable(stack, kernel, kernel).unflatten(0, (5, x.shape[0])).unbind()
     covariance = mean_xy - mean_x * mean_y
     variances = (mean_xx - mean_x**2) + (mean_yy - mean_y**2)
     luminance = (2 * mean_x * mean_y + C1_SSIM) / (mean_x**2 + mean_y**2 + C1_SSIM)
@@ -36,7 +37,7 @@ def ssim_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[
 
 def gms_map(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Gradient magnitude similarity in [0, 1] at each pixel, for pixels in [0, 1]: Prewitt / 3, c = 0.0026."""
-    magnitude_x, magnitude_y = _gradient_magnitude(torch.cat([x, y])).chunk(2)
+    magnitude_x, magnitude_y = _gradient_magnitude(torch.cat([x, y])).unflatten(0, (2, x.shape[0])).unbind()
     return (2 * magnitude_x * magnitude_y + C_GMS) / (magnitude_x**2 + magnitude_y**2 + C_GMS)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from intra import cli
 from intra.deploy import export as export_module
 from intra.deploy.export import TOLERANCES, ParityError, export, parity
 from intra.deploy.export_formats import SCOPES, InspectionGraph, to_onnx, with_fp16_weights
@@ -86,13 +87,13 @@ def grey_with_a_window(folder: Path) -> Path:
         picture = np.kron(rng.integers(0, 255, (5, 6)), np.ones((8, 8))).astype(np.uint8)
         PIL.Image.fromarray(picture).save(folder / f"{number}.png")
     settings = {name: value for name, value in TINY.items() if name != "model.segmenter_width"} | {
-        "model.window_size": "3", "train.windows_per_image": "8", "train.batch_size": "32"}
+        "model.window_size": "3", "model.depth": "2", "train.windows_per_image": "8", "train.batch_size": "32"}
     return train(folder, folder / "run", preset="paper", steps=2, image_size="40x48", settings=settings).path
 
 
 def without_a_segmenter(folder: Path, photos: Path) -> Path:
     """The lattice with the difference and the distribution as evidence."""
-    settings = TINY | {"model.segmenter_width": "0", "scoring.difference_weight": "1"}
+    settings = TINY | {"model.segmenter_width": "0", "model.depth": "2", "scoring.difference_weight": "1"}
     return train(photos / "gear", folder / "run", steps=2, image_size=64, settings=settings).path
 
 
@@ -299,15 +300,21 @@ def test_the_example_runs_without_torch(files, run, tests):
         assert float(score) == pytest.approx(prediction.score, rel=1e-3, abs=1e-3)
 
 
-def intra(*words: object, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "intra.cli", *map(str, words)], capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return " ".join((done.stdout + done.stderr).split())
+@pytest.fixture
+def intra(monkeypatch, capsys):
+    """The command line in this process, so that it shares the traced graph: what it says, its exit code checked."""
+    def call(*words: object, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["intra", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = "".join(capsys.readouterr())
+        assert (ended.value.code or 0) == code, said
+        return " ".join(said.split())
+
+    return call
 
 
-def test_on_the_command_line(run, tests, tmp_path):
+def test_on_the_command_line(run, tests, tmp_path, intra):
     """Without --data the built-in photos are compared; the file then works wherever a run does."""
     file = tmp_path / "gear.onnx"
     said = intra("export", run.path, "--format", "onnx", "--out", file)
@@ -321,17 +328,11 @@ def test_on_the_command_line(run, tests, tmp_path):
                                            code=2)
 
 
-def test_a_refused_export_exits_with_1(run, tmp_path, monkeypatch, capsys):
-    from intra import cli
-
+def test_a_refused_export_exits_with_1(run, tmp_path, monkeypatch, intra):
     strict = {name: dataclasses.replace(limit, largest=-1.0) for name, limit in TOLERANCES.items()}
     monkeypatch.setattr(export_module, "TOLERANCES", strict)
-    monkeypatch.setattr(sys, "argv", ["intra", "export", str(run.path), "--format", "onnx", "--out",
-                                      str(tmp_path / "gear.onnx")])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
-    assert "was not written" in capsys.readouterr().err
+    said = intra("export", run.path, "--format", "onnx", "--out", tmp_path / "gear.onnx", code=1)
+    assert "was not written" in said
     assert list(tmp_path.iterdir()) == []
 
 

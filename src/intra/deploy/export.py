@@ -150,7 +150,7 @@ def parity(
     (repaired, maps), (other_repaired, other_maps) = (_inspected(each, photos) for each in (detector, exported))
     extent = max(float(maps.max() - maps.min()), LEAST_RANGE)
     away = (maps - other_maps).abs()
-    labels = np.array([label for _, label in labelled])
+    labels = np.array([label == 1 for _, label in labelled], dtype=bool)
     scores, other_scores = (
         np.array([score for image, _ in labelled for score in image_score(each.inspect(to_unit(image)[None])[1])])
         for each in (detector, exported))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ OUTPUTS = ("repaired", "anomaly_map", "score", "is_anomalous")
 LEVELS = 255  # of a pixel: the graph takes 8 bits
 
 
+@runtime_checkable
 class Graph(Protocol):
     """A graph that a runtime has loaded."""
 

@@ -40,6 +40,7 @@ class ModelConfig:
     long_residuals: bool = True
     readout: Literal["mean", "token"] = "mean"
     conditional_positions: bool = False  # a 3 x 3 convolution over the grid of tokens before each block
+    mean_start: bool = False  # inpaint what differs from the training images' mean, which training starts from
     latent_dim: int = 100  # autoencoder: values to which an image is reduced
     base_width: int = 64  # RIAD: channels of the U-Net's first block
     cell_sizes: tuple[int, ...] = (2, 4, 8, 16)  # RIAD: px, side of the cells that are hidden
@@ -357,7 +358,7 @@ def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
 _FAST = Config(
     preset="fast",
     model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token",
-                      conditional_positions=True),
+                      conditional_positions=True, mean_start=True),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(

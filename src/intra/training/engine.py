@@ -195,8 +195,9 @@ def _refuse_nan(loss: float, progress: Progress, checkpoint: Path) -> None:
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam, or AdamW that shrinks matrices only, not biases, norms and position embeddings."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("pos_embed")]
+    """Adam, or AdamW that shrinks matrices only, not biases, norms and what belongs to a position."""
+    matrices = [p for name, p in model.named_parameters()
+                if p.ndim >= 2 and not name.startswith(("pos_embed", "mean_patches"))]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Shaped
@@ -21,15 +21,16 @@ from intra.data.files import name_below, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
+from intra.geometry import patchify
 from intra.inspection.anomaly import evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import pick_device, uses_bf16
 from intra.inspection.distribution import PatchMoments
-from intra.models import build
+from intra.models import InTra, build
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.engine import Budget, Report, fit
-from intra.training.sampler import WindowSampler, allowed_symmetries
+from intra.training.sampler import WindowSampler, allowed_symmetries, mean_image
 
 __all__ = ["Run", "recalibrate", "train"]
 
@@ -105,6 +106,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config.model)
+    if config.model.mean_start and stored is None:
+        mean = patchify(mean_image(training)[None], config.model.patch_size)[0]
+        cast(InTra, model).start_from(mean.cpu())
     budget = _budget(config, minutes, epochs, steps, sampler.steps_per_epoch, stored)
     identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
     fitted = fit(

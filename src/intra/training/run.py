@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
-from intra.data.files import name_below, sha256_of
+from intra.data.files import name_below, remove_leftovers, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
-from intra.inspection.device import pick_device, uses_bf16
+from intra.inspection.device import in_chunks, pick_device, uses_bf16
 from intra.models import build
+from intra.provenance import code_sha256
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
-from intra.training.engine import Budget, Report, fit
+from intra.training.engine import IMAGES_PER_CHUNK, Budget, Report, fit
 from intra.training.sampler import WindowSampler, allowed_symmetries
 
 __all__ = ["Run", "recalibrate", "train"]
@@ -93,6 +94,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         raise InTraError(f"the seed is {seed}; it must lie between 0 and {2**31 - 1}")
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
+    remove_leftovers(out)
     fingerprints = _fingerprints(category)
     if stored is None:
         config = _resolve(wanted, category)
@@ -120,6 +122,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     }  # fmt: skip
     detector = _calibrated(model, config, training, validation, provenance, chosen, on_calibration)
     detector.save(out / MODEL_FILE)
+    if fitted.diverged:
+        raise InTraError(f"{fitted.diverged}. {out / MODEL_FILE} holds the best weights before it, of step "
+                         f"{fitted.progress.best_step} (validation loss {best_loss:.5f})")
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
 
@@ -304,9 +309,13 @@ def _calibrated(
         len(training), config.scoring.max_reference_images or len(training))
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
     images = torch.cat([validation, training[chosen.to(training.device)]])
+
+    def work(start: int, stop: int) -> Tensor:
+        return repair(model, to_unit(images[start:stop]), model_config=config.model, scoring=config.scoring)[1].cpu()
+
     found = []
-    for chunk in images.split(8):
-        found.append(repair(model, to_unit(chunk), model_config=config.model, scoring=config.scoring)[1].cpu())
+    for evidence in in_chunks(work, len(images), IMAGES_PER_CHUNK):
+        found.append(evidence)
         if on_calibration:
             on_calibration(sum(map(len, found)), len(images))
     held_out, trained_on = torch.cat(found).split([len(validation), count])
@@ -316,7 +325,8 @@ def _calibrated(
 
 
 def _software(device: torch.device) -> dict[str, str]:
-    return {"intra": intra.__version__, "torch": torch.__version__, "python": platform.python_version(),
+    return {"intra": intra.__version__, "code_sha256": code_sha256(), "torch": torch.__version__,
+            "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "machine": platform.machine(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
 

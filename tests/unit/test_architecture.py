@@ -27,6 +27,8 @@ WALLS = {  # third parties, and the only places that may import them
     "lightning_fabric": ("training/",),
     "PIL": ("data/", "evaluation/pictures.py", "evaluation/evaluate.py", "inspection/detector.py"),
     "jinja2": ("evaluation/report.py",),
+    "sqlite3": ("deploy/record.py",),
+    "urllib": ("deploy/webhook.py",),
     "typer": ("cli.py", "cli_watch.py", "terminal.py"),
     "rich": ("cli.py", "terminal.py"),
     "sklearn": ("evaluation/metrics.py",),

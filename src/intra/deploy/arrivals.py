@@ -15,7 +15,7 @@ from intra.errors import InTraError
 
 __all__ = ["Arrivals", "Photo", "fingerprint"]
 
-MOST_AT_A_TIME = 1000  # photos that are waited for or handed out at a time: memory does not grow with the folder
+MOST_AT_A_TIME = 5000  # photos that are waited for or handed out at a time: memory does not grow with the folder
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +35,7 @@ def fingerprint(path: Path) -> tuple[int, int] | None:
         found = path.stat()
     except OSError:
         return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    return (found.st_size, _fitting(found.st_mtime_ns)) if stat.S_ISREG(found.st_mode) else None
 
 
 class Arrivals:
@@ -94,7 +94,7 @@ class Arrivals:
             return
         if stat.S_ISREG(found.st_mode):
             key = os.fsencode(entry.path[self._start :].replace(os.sep, "/"))
-            yield Photo(Path(entry.path), key, found.st_size, found.st_mtime_ns)
+            yield Photo(Path(entry.path), key, found.st_size, _fitting(found.st_mtime_ns))
 
     def _tell(self, place: str, error: OSError) -> None:
         if place == os.fspath(self.folder):
@@ -103,3 +103,8 @@ class Arrivals:
         if place not in self._told and len(self._told) < MOST_AT_A_TIME:
             self._told.add(place)
             _log.warning("cannot look into %s: %s", printable(place), error.strerror or error)
+
+
+def _fitting(time_ns: int) -> int:
+    """A time as SQLite's 64 bits hold it: a file may claim to be from after 2262, and is then taken for an old one."""
+    return (time_ns + 2**63) % 2**64 - 2**63

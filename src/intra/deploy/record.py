@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from os import fsdecode
 from pathlib import Path
 from typing import Any
@@ -273,12 +273,10 @@ def _row(values: Sequence[Any]) -> dict[str, Any]:
             "modified_at": _time_of(mtime_ns), "size_bytes": size_bytes, "model": model}
 
 
-def _time_of(mtime_ns: int) -> str | None:
-    """None for a time that no calendar holds: a file may claim any."""
-    try:
-        return datetime.fromtimestamp(mtime_ns / 1e9, UTC).isoformat(timespec="milliseconds")
-    except (ValueError, OverflowError, OSError):
-        return None
+def _time_of(mtime_ns: int) -> str:
+    """In the calendar, to the millisecond; 64 bits of nanoseconds reach from 1677 to 2262, so there is always one."""
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=mtime_ns // 10**6)).isoformat(
+        timespec="milliseconds")
 
 
 def _now() -> str:

@@ -81,7 +81,7 @@ def watch(
     if not watcher.folder.is_dir():
         raise InTraError(f"{watcher.folder} is no folder; give the folder that the photos come into")
     with held(watcher.out), stop_on_signal() as stop:
-        remove_leftovers(watcher.out / PICTURES_FOLDER, older_than_s=0)  # nobody else writes here
+        remove_leftovers(watcher.out / PICTURES_FOLDER, older_than_s=0.0)  # nobody else writes here
         record = Record(watcher.out / RECORD_FILE, folder=watcher.folder)
         courier = Courier(record.path, watcher.webhook) if watcher.webhook else None
         try:

@@ -47,6 +47,7 @@ from intra.data.demo import make_demo
 from intra.data.folder import find_category
 from intra.deploy.record import Record, export_csv
 from intra.deploy.watch import Watcher, watch
+from intra.errors import InTraError
 from intra.evaluation.evaluate import evaluate_category
 from intra.inspection.detector import Detector
 from intra.training import engine
@@ -97,7 +98,7 @@ def _all_works(folder: Path, counts: dict[str, int], rng: random.Random) -> dict
         outcome: dict[str, Any] = {"kills": 0, "failure": None}
         try:
             work(folder, gear, counts[name], rng, outcome)
-        except BrokenPromiseError as failure:
+        except (BrokenPromiseError, InTraError) as failure:
             outcome["failure"] = str(failure)
         results[name] = outcome
         print(f"{name}: {outcome}", file=sys.stderr, flush=True)
@@ -177,7 +178,7 @@ def _watching(folder: Path, gear: Path, kills: int, rng: random.Random, outcome:
                   device="cpu", on_verdict=report)  # fmt: skip
 
     def check() -> None:
-        if not (out / "record.sqlite").exists():
+        if not _has_text(said):  # nothing was reported; the record may not be there, or still be empty
             return
         record = Record(out / "record.sqlite")
         (state,) = record._base.execute("PRAGMA integrity_check").fetchone()
@@ -185,8 +186,7 @@ def _watching(folder: Path, gear: Path, kills: int, rng: random.Random, outcome:
         record.close()
         _demand(state == "ok", f"the record is damaged: {state}")
         scores = {row["id"]: row["score"] for row in rows}
-        lines = said.read_text().split("\n")[:-1] if said.exists() else []
-        for line in lines:
+        for line in said.read_text().split("\n")[:-1]:
             number, score = line.split()
             _demand(scores.get(int(number)) == float(score), f"verdict {number} was reported and is not in the record")
         _demand(len({row["path"] for row in rows}) == len(rows), "a photo has two rows")
@@ -194,7 +194,7 @@ def _watching(folder: Path, gear: Path, kills: int, rng: random.Random, outcome:
             _demand((out / f"{row['pictures']}_overlay.png").exists(), "a row without its pictures")
 
     def is_over() -> bool:
-        return _num_rows(out) >= num_photos
+        return _has_text(said) and _num_rows(out) >= num_photos
 
     _kill_often(work, check, kills, rng, outcome, longest_s=1.2, is_over=is_over)
     _run(work)
@@ -288,9 +288,11 @@ def _receiver(got: list[str]) -> tuple[HTTPServer, str]:
     return server, f"http://127.0.0.1:{server.server_port}/"
 
 
+def _has_text(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
 def _num_rows(out: Path) -> int:
-    if not (out / "record.sqlite").exists():
-        return 0
     record = Record(out / "record.sqlite")
     try:
         return record.counts().num_photos

@@ -162,4 +162,6 @@ def test_the_tables_are_made_in_one_transaction(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         Record(tmp_path / "record.sqlite", folder=tmp_path)
     monkeypatch.undo()
+    with pytest.raises(InTraError, match="nothing there yet"):
+        Record(tmp_path / "record.sqlite")
     Record(tmp_path / "record.sqlite", folder=tmp_path).close()

@@ -124,6 +124,8 @@ class Record:
                 about = {"id": uuid.uuid4().hex, "folder": printable(folder.resolve())}
                 self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
                 self._base.execute(f"PRAGMA user_version = {RECORD_VERSION}")
+            elif not version and not num_tables:
+                raise InTraError(f"{self.path} is empty: `intra watch` has recorded nothing there yet")
             elif version != RECORD_VERSION:
                 raise InTraError(f"{self.path} is no record of intra, or one of another version; choose another --out")
         self.about: dict[str, str] = dict(self._base.execute("SELECT key, value FROM about"))

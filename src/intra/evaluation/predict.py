@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -62,6 +63,7 @@ def predict_files(
                 record.flush()
                 if on_verdict:
                     on_verdict(verdict, done, len(files))
+            os.fsync(record.fileno())
     except OSError as error:
         raise InTraError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     return unreadable

@@ -268,7 +268,8 @@ def _forged(content: bytes, rng: random.Random) -> bytes:
             change = rng.choice(("drop", "double", "flat", "empty"))
             tensor = tensors.pop(name)
             if change != "drop":
-                tensors[name] = {"double": tensor.double(), "flat": tensor.flatten(), "empty": tensor[:0]}[change]
+                flat = tensor.flatten()
+                tensors[name] = {"double": tensor.double(), "flat": flat, "empty": flat[:0]}[change]
         else:
             place = info
             while True:
@@ -304,6 +305,7 @@ def _images() -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     rgb = PIL.Image.fromarray(rng.integers(0, 256, (24, 17, 3), dtype=np.uint8))
     grey, deep = rgb.convert("L"), PIL.Image.fromarray(rng.integers(0, 65536, (24, 17), dtype=np.uint16))
+    unit = grey.convert("F").point(lambda value: value / 256)
     found: dict[str, bytes] = {}
 
     def add(name: str, image: PIL.Image.Image, form: str, **options: Any) -> None:
@@ -312,7 +314,7 @@ def _images() -> dict[str, bytes]:
         found[name] = buffer.getvalue()
 
     for form in sorted({*_FORMATS, "MPO"} & set(PIL.Image.SAVE)):
-        image = {"BLP": rgb.quantize(), "MSP": grey.convert("1"), "XBM": grey.convert("1"), "SPIDER": grey.convert("F"),
+        image = {"BLP": rgb.quantize(), "MSP": grey.convert("1"), "XBM": grey.convert("1"), "SPIDER": unit,
                  "ICNS": rgb.resize((16, 16))}.get(form, rgb)
         add(form, image, form, **({"save_all": True, "append_images": [rgb]} if form == "MPO" else {}))
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
@@ -349,11 +351,11 @@ def _by_hand(written: dict[str, bytes]) -> dict[str, bytes]:
         "XPM": b'/* XPM */\nstatic char *a[] = {\n"4 2 2 1",\n"a c #ff0000",\n"b c #00ff00",\n"abab",\n"baba"\n};\n',
         "GBR": struct.pack(">IIIII4sI", 28 + 5, 2, 17, 24, 1, b"GIMP", 10) + b"name\0" + pixels,
         "PIXAR": b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<HH", 24, 17).ljust(8, b"\0")
-                 + struct.pack("<HH", 14, 0).ljust(600, b"\0") + noise,
+                 + struct.pack("<HH", 14, 2).ljust(600, b"\0") + noise,
         "FLI": struct.pack("<IHHHHHH", 128 + 6, 0xAF12, 1, 17, 24, 8, 0).ljust(128, b"\0")
                + struct.pack("<IHH", 16 + 408, 0xF1FA, 1).ljust(16, b"\0") + struct.pack("<IH", 408, 16) + pixels,
-        "FTEX": b"FTEX" + struct.pack("<iiiiiiii", 1, 17, 24, 1, 1, 1, 48, 0).ljust(44, b"\0") + noise,
-        "IMT": b"width 17\nheight 24\n\x0c" + pixels,
+        "FTEX": b"FTEX" + struct.pack("<8i", 1, 17, 24, 1, 1, 1, 32, 3 * 408) + noise,
+        "IMT": b"width 17\nheight 24\npixel n8\n\x0c" + pixels,
         "MCIDAS": struct.pack(">64i", *([0, 4] + [0] * 6 + [24, 17, 1, 0, 0, 1, 0] + [0] * 18 + [256] + [0] * 30))
                   + noise,
         "PCD": bytes(2048) + b"PCD_" + noise,

@@ -253,7 +253,7 @@ def _kill_often(
 
 
 def _wait_until_it_has_worked(child: int, how_long_s: float) -> None:
-    """By its processor time, where the system tells it: on a busy machine, by the clock, only starts would be killed."""
+    """By its processor time, where the system tells it: by the clock, a busy machine would have only starts killed."""
     stat, deadline = Path(f"/proc/{child}/stat"), time.monotonic() + 60 * how_long_s
     if not stat.exists():
         time.sleep(how_long_s)

@@ -1,9 +1,7 @@
 """The command line: parses, calls one function, prints."""
 
-import math
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,17 +20,16 @@ from intra.terminal import (
     RunArgument,
     ThresholdOption,
     bar,
+    cells_bar,
+    loss_text,
     make_console,
     say,
     say_error,
+    training_bar,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from intra.data.folder import Category, Summary
-    from intra.evaluation.benchmark import Event
-    from intra.training.engine import Report
 
 __all__ = ["app", "main"]
 
@@ -235,7 +232,7 @@ def benchmark(
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise InTraError(f"--seeds is {seeds!r}; expected whole numbers such as 0,1,2")
     try:
-        with _cells_bar() as show:
+        with cells_bar() as show:
             found = measure(data, out=out, methods=methods or ["fast"], seeds=[int(seed) for seed in seeds.split(",")],
                             steps=steps, minutes=minutes, epochs=epochs, jobs=jobs, device=device, on_cell=show)
     except KeyboardInterrupt:
@@ -276,11 +273,11 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     from intra.training.run import train as train_category
 
     console = make_console()
-    with _training_bar(category.name) as (show, show_calibration):
+    with training_bar(category.name) as (show, show_calibration):
         run = train_category(category, folder, on_report=show, on_calibration=show_calibration, **options)
     state = "interrupted" if run.interrupted else "trained"
     console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
-                  f"validation loss {_loss(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),
+                  f"validation loss {loss_text(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),
                   highlight=False, markup=False)
     console.print(f"wrote {run.model_path}", highlight=False, markup=False, soft_wrap=True)
     return run.interrupted
@@ -309,11 +306,6 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _loss(value: float) -> str:
-    """A loss for people; infinite means that nothing has been validated yet."""
-    return f"{value:.5f}" if math.isfinite(value) else "–"
-
-
 def _pairs(settings: list[str] | None) -> dict[str, str]:
     pairs = {}
     for setting in settings or []:
@@ -322,51 +314,6 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
             raise InTraError(f"--set {setting!r} has no '='; write --set KEY=VALUE, e.g. --set train.batch_size=16")
         pairs[key.strip()] = value
     return pairs
-
-
-@contextmanager
-def _cells_bar() -> "Iterator[Callable[[Event], None]]":
-    """A progress bar for each cell of a benchmark that runs; yields what shows an event. Ended ones get a line."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False),
-                  transient=True) as progress:  # fmt: skip
-        tasks: dict[str, Any] = {}
-
-        def show(event: "Event") -> None:
-            if event.state == "running":
-                if event.cell not in tasks:
-                    tasks[event.cell] = progress.add_task(event.cell, total=1.0, text="")
-                progress.update(tasks[event.cell], completed=event.share, text=event.text)
-                return
-            if event.cell in tasks:
-                progress.remove_task(tasks.pop(event.cell))
-            progress.console.print(f"{event.num_ended}/{event.num_cells} {event.cell}: {event.state}  {event.text}",
-                                   style="red" if event.state == "failed" else None, highlight=False, markup=False,
-                                   soft_wrap=True)
-
-        yield show
-
-
-@contextmanager
-def _training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callable[[int, int], None]]]":
-    """A progress bar of training: loss, rate and time left; yields what shows training and what shows calibration."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-                  TextColumn("{task.fields[text]}"), transient=True) as progress:  # fmt: skip
-        task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
-
-        def show(report: "Report") -> None:
-            minutes, seconds = divmod(int(report.seconds_left), 60)
-            progress.update(task, completed=report.spent, text=(
-                f"step {report.step}  loss {report.train_loss:.4f}  best validation {_loss(report.validation_loss)}  "
-                f"{report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
-
-        def show_calibration(done: int, total: int) -> None:
-            progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
-
-        yield show, show_calibration
 
 
 if __name__ == "__main__":

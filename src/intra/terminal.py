@@ -1,14 +1,20 @@
-"""What the verbs of the command line share: arguments and options, what is printed, a progress bar."""
+"""What the verbs of the command line share: arguments and options, what is printed, progress bars."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from intra.evaluation.benchmark import Event
+    from intra.training.engine import Report
+
 __all__ = ["AnomalousOption", "DataArgument", "DeviceOption", "MasksOption", "NormalOption", "OutOption", "RateOption",
-           "RunArgument", "ThresholdOption", "bar", "make_console", "say", "say_error"]
+           "RunArgument", "ThresholdOption", "bar", "cells_bar", "loss_text", "make_console", "say", "say_error",
+           "training_bar"]
 
 DataArgument = Annotated[Path, typer.Argument(
     metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
@@ -66,3 +72,53 @@ def bar(label: str, *, unit: str) -> Iterator[Callable[..., None]]:
             progress.update(task, rate=f"{speed:.1f} {unit}" if speed else "")
 
         yield step
+
+
+@contextmanager
+def cells_bar() -> "Iterator[Callable[[Event], None]]":
+    """A progress bar for each cell of a benchmark that runs; yields what shows an event. Ended ones get a line."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False),
+                  transient=True) as progress:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def show(event: "Event") -> None:
+            if event.state == "running":
+                if event.cell not in tasks:
+                    tasks[event.cell] = progress.add_task(event.cell, total=1.0, text="")
+                progress.update(tasks[event.cell], completed=event.share, text=event.text)
+                return
+            if event.cell in tasks:
+                progress.remove_task(tasks.pop(event.cell))
+            progress.console.print(f"{event.num_ended}/{event.num_cells} {event.cell}: {event.state}  {event.text}",
+                                   style="red" if event.state == "failed" else None, highlight=False, markup=False,
+                                   soft_wrap=True)
+
+        yield show
+
+
+@contextmanager
+def training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callable[[int, int], None]]]":
+    """A progress bar of training: loss, rate and time left; yields what shows training and what shows calibration."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                  TextColumn("{task.fields[text]}"), transient=True) as progress:  # fmt: skip
+        task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
+
+        def show(report: "Report") -> None:
+            minutes, seconds = divmod(int(report.seconds_left), 60)
+            progress.update(task, completed=report.spent, text=(
+                f"step {report.step}  loss {report.train_loss:.4f}  best validation "
+                f"{loss_text(report.validation_loss)}  {report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
+
+        def show_calibration(done: int, total: int) -> None:
+            progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
+
+        yield show, show_calibration
+
+
+def loss_text(value: float) -> str:
+    """A loss for people; infinite means that nothing has been validated yet."""
+    return f"{value:.5f}" if math.isfinite(value) else "–"

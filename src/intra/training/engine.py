@@ -185,7 +185,8 @@ def _judge(
 
     A segmenter's are kept in any case: the loss says nothing of them, and they have not seen the defects to be found.
     """
-    _refuse_nan(validation_loss, meter, checkpoint)
+    for loss in (meter.mean_loss, validation_loss):  # the first also speaks of the segmenter
+        _refuse_nan(loss, meter, checkpoint)
     progress = meter.progress
     is_better = validation_loss < progress.best_validation_loss
     for name, value in model.state_dict().items():
@@ -251,6 +252,7 @@ class _Meter:
         self.started = self.last_report = time.monotonic()
         self.losses: list[Tensor] = []  # since the last validation
         self.losses_before: list[Tensor] = []  # from the validation before to the last
+        self.mean_loss = 0.0  # of losses_before
         self.last = torch.zeros(())
         self.windows = 0
 
@@ -284,9 +286,9 @@ class _Meter:
 
     def take_mean_loss(self) -> float:
         """The mean loss since the last call."""
-        mean = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+        self.mean_loss = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
         self.losses_before, self.losses = self.losses, []
-        return mean
+        return self.mean_loss
 
     @property
     def first_bad_step(self) -> int:

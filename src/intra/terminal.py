@@ -111,7 +111,8 @@ def training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callab
             minutes, seconds = divmod(int(report.seconds_left), 60)
             progress.update(task, completed=report.spent, text=(
                 f"step {report.step}  loss {report.train_loss:.4f}  best validation "
-                f"{loss_text(report.validation_loss)}  {report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
+                f"{loss_text(report.validation_loss)}  {report.windows_per_s:.1f} {report.unit}  "
+                f"{minutes}:{seconds:02d} left"))
 
         def show_calibration(done: int, total: int) -> None:
             progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")

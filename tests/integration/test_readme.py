@@ -24,7 +24,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 10
     assert all(line.startswith(HANDLED) for line in COMMANDS)
 
 
@@ -48,10 +48,12 @@ def run(command: str, folder: Path) -> str:
 def test_the_commands_for_ones_own_photos(desk):
     for command in COMMANDS:
         if command.startswith("intra "):
-            run(command.replace("--minutes 15", SHORT), desk)
+            ending = " --once --settle 0" if command.startswith("intra watch ") else ""
+            run(command.replace("--minutes 15", SHORT) + ending, desk)
     assert (desk / "results/bottle/report.html").exists()
     assert (desk / "verdicts/predictions.jsonl").exists()
     assert list((desk / "verdicts/images").glob("*_repaired.png"))
+    assert len((desk / "verdicts.csv").read_text().splitlines()) == 1 + len(list((desk / "new_photos").iterdir()))
 
 
 def test_the_python_lines(desk):

@@ -12,21 +12,25 @@ import intra
 
 SOURCE = Path(intra.__file__).parent
 LAYERS = [  # left never imports right; modules of one layer may import each other
-    {"errors"},
+    {"errors", "provenance"},
     {"config", "geometry", "similarity", "values"},
     {"models", "data"},
     {"inspection"},
     {"training"},
     {"evaluation"},
     {"deploy"},
+    {"terminal"},
+    {"cli_watch"},
     {"cli"},
 ]
 WALLS = {  # third parties, and the only places that may import them
     "lightning_fabric": ("training/",),
     "PIL": ("data/", "evaluation/pictures.py", "evaluation/evaluate.py", "inspection/detector.py"),
     "jinja2": ("evaluation/report.py",),
-    "typer": ("cli.py",),
-    "rich": ("cli.py",),
+    "sqlite3": ("deploy/record.py",),
+    "urllib": ("deploy/webhook.py",),
+    "typer": ("cli.py", "cli_watch.py", "terminal.py"),
+    "rich": ("cli.py", "terminal.py"),
     "sklearn": ("evaluation/metrics.py",),
     "tensorboard": ("training/",),
 }

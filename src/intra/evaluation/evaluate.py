@@ -17,7 +17,7 @@ import PIL.Image
 import torch
 
 import intra
-from intra.data.files import sha256_of, write_atomically
+from intra.data.files import remove_leftovers, sha256_of, write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
 from intra.data.images import read_image, read_mask
 from intra.errors import InTraError
@@ -78,6 +78,8 @@ def evaluate_category(
         raise InTraError(f"{category.root} has no {which}; expected test/good and test/DEFECT, or for a plain folder "
                          "--anomalous FOLDER, with unseen good images in its sub-folder good")
     maps = out / "maps" if save_maps else None
+    for folder in (out, *(out / "maps").glob("*")):
+        remove_leftovers(folder)
     inspected = _inspect(detector, tests, root=category.root, maps=maps, on_progress=on_progress)
     figures, reasons, curves = _figures(inspected, detector.threshold)
     results = {

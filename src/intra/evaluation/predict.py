@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Shaped
 
 from intra.data.files import write_atomically
 from intra.data.folder import list_images
@@ -16,7 +18,7 @@ from intra.errors import InTraError
 from intra.evaluation.pictures import encode_png, heatmap_overlay, outline, to_rgb8
 from intra.inspection.detector import Detector, Prediction
 
-__all__ = ["FileVerdict", "predict_files"]
+__all__ = ["PICTURES_FOLDER", "FileVerdict", "predict_files", "save_pictures"]
 
 PREDICTIONS_FILE = "predictions.jsonl"
 PICTURES_FOLDER = "images"
@@ -61,9 +63,21 @@ def predict_files(
                 record.flush()
                 if on_verdict:
                     on_verdict(verdict, done, len(files))
+            os.fsync(record.fileno())
     except OSError as error:
         raise InTraError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     return unreadable
+
+
+def save_pictures(image: Shaped[np.ndarray, "h w c"], prediction: Prediction, place: Path) -> None:
+    """Writes `place`_overlay.png, _outline.png, _repaired.png and _mask.png, each whole or not at all."""
+    for kind, picture in (
+        ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
+        ("outline", outline(image, prediction.mask)),
+        ("repaired", to_rgb8(prediction.repaired)),
+        ("mask", prediction.mask.astype(np.uint8) * 255),
+    ):
+        write_atomically(place.with_name(f"{place.name}_{kind}.png"), encode_png(picture))
 
 
 def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdict:
@@ -73,13 +87,7 @@ def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdi
     except InTraError as error:
         return FileVerdict(path, None, str(error))
     if pictures is not None:
-        for kind, picture in (
-            ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
-            ("outline", outline(image, prediction.mask)),
-            ("repaired", to_rgb8(prediction.repaired)),
-            ("mask", prediction.mask.astype(np.uint8) * 255),
-        ):
-            write_atomically(pictures.with_name(f"{pictures.name}_{kind}.png"), encode_png(picture))
+        save_pictures(image, prediction, pictures)
     return FileVerdict(path, prediction, None)
 
 

@@ -1,6 +1,7 @@
 """The detector: a trained model with everything that an inspection needs, in one file."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,13 +25,13 @@ from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
-from intra.inspection.device import autocast, pick_device
+from intra.inspection.device import autocast, in_chunks, pick_device
 from intra.inspection.distribution import PatchDistribution, ScaleDistribution, cell_grid
 from intra.inspection.inpaint import log_odds, repaired_views
 from intra.models import build
 from intra.similarity import box_blur
 
-__all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
+__all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "model_file", "repair"]
 
 FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
@@ -102,7 +103,7 @@ class Detector:
         """
         if threshold is not None and false_reject_rate is not None:
             raise InTraError("give threshold or false_reject_rate, not both")
-        header, tensors = _read_model(_model_file(Path(path)))
+        header, tensors = _read_model(model_file(Path(path)))
         try:
             config = Config.from_dict(header["config"])
             config.check_grid()
@@ -175,6 +176,10 @@ class Detector:
             yield from self._predict_arrays(arrays)
 
     def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+        parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop]), len(arrays), len(arrays))
+        return list(itertools.chain.from_iterable(parts))
+
+    def _predict_at_once(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         config = self.config.model
         batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
                              for array in arrays]).to(self.device)
@@ -237,7 +242,8 @@ def repair(
         return repaired, torch.cat(evidence, dim=1)
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
+    """The model file of a run's folder, or the file itself. Raises InTraError if it is not there."""
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         raise InTraError(f"no model at {file}; expected a run's folder or a {MODEL_FILE}; train one with `intra train`")

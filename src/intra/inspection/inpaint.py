@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from intra.config import ModelConfig
 from intra.geometry import covering_windows, patchify, unpatchify
+from intra.inspection.device import in_chunks
 from intra.models import InTra
 from intra.models.riad import draw_cell_sets, inpaint_cells
 
@@ -60,10 +61,15 @@ def inpaint(
     positions, hidden = (part.to(images.device) for part in covering_windows(grid, window_size, lattice))
     repaired = torch.empty_like(patches)
     batch = max(1, TOKENS_PER_BATCH.get(images.device.type, TOKENS_PER_BATCH["cuda"]) // positions.shape[1])
-    for chunk in torch.arange(len(images) * len(positions), device=images.device).split(batch):
+
+    def work(start: int, stop: int) -> None:
+        chunk = torch.arange(start, stop, device=images.device)
         image, window = chunk // len(positions), chunk % len(positions)
         where = positions[window]  # (chunk, T)
         inpainted = model(patches[image[:, None], where], where, hidden[window])
         place = hidden[window].nonzero(as_tuple=True)
         repaired[image[place[0]], where[place]] = inpainted.to(repaired.dtype)
+
+    for _ in in_chunks(work, len(images) * len(positions), batch):
+        pass
     return unpatchify(repaired, grid, images.shape[1])

@@ -4,9 +4,10 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +18,20 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
-from intra.data.files import name_below, sha256_of
+from intra.data.files import name_below, remove_leftovers, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
 from intra.geometry import patchify
-from intra.inspection.anomaly import evidence_kinds
+from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
-from intra.inspection.device import pick_device, uses_bf16
+from intra.inspection.device import in_chunks, pick_device, uses_bf16
 from intra.inspection.distribution import PatchMoments
 from intra.models import InTra, build
+from intra.provenance import code_sha256
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
-from intra.training.engine import Budget, Report, fit
+from intra.training.engine import IMAGES_PER_CHUNK, Budget, Report, fit
 from intra.training.sampler import WindowSampler, allowed_symmetries, mean_image
 
 __all__ = ["Run", "recalibrate", "train"]
@@ -96,6 +98,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         raise InTraError(f"the seed is {seed}; it must lie between 0 and {2**31 - 1}")
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
+    remove_leftovers(out)
     fingerprints = _fingerprints(category)
     if stored is None:
         config = _resolve(wanted, category)
@@ -126,6 +129,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     }  # fmt: skip
     detector = _calibrated(model, config, training, validation, provenance, chosen, on_calibration)
     detector.save(out / MODEL_FILE)
+    if fitted.diverged:
+        raise InTraError(f"{fitted.diverged}. {out / MODEL_FILE} holds the best weights before it, of step "
+                         f"{fitted.progress.best_step} (validation loss {best_loss:.5f})")
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
 
@@ -314,19 +320,14 @@ def _calibrated(
     learns = moments is not None or scoring.reference == "training"
     count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
-    trained_on: list[Tensor] = []
-    held_out: list[tuple[Tensor, Tensor, Tensor]] = []  # photos, repaired, evidence
-    for chunk in (*training[chosen.to(training.device)].split(8), *validation.split(8)):
-        photos = to_unit(chunk)
-        repaired, evidence = repair(model, photos, model_config=config.model, scoring=scoring, kinds=kinds)
-        if sum(map(len, trained_on)) < count:
-            trained_on.append(evidence.cpu())
-            if moments:
-                moments.add(photos, repaired)
-        else:
-            held_out.append((photos, repaired, evidence))
-        if on_calibration:
-            on_calibration(sum(map(len, trained_on)) + sum(len(each[0]) for each in held_out), count + len(validation))
+    total = count + len(validation)
+    inspected = partial(_inspected, model, config, kinds, on_calibration)
+    trained_on = []
+    for photos, repaired, evidence in inspected(training[chosen.to(training.device)], 0, total):
+        trained_on.append(evidence.cpu())
+        if moments:
+            moments.add(photos, repaired)
+    held_out = list(inspected(validation, count, total))
     distribution = moments.fitted([(photos, repaired) for photos, repaired, _ in held_out]) if moments else None
     unseen = torch.cat([
         torch.cat([evidence, distribution.evidence(photos, repaired)[:, None]], dim=1) if distribution else evidence
@@ -337,8 +338,26 @@ def _calibrated(
                     distribution=distribution, device=str(device))
 
 
+def _inspected(
+    model: nn.Module, config: Config, kinds: Sequence[Evidence], on_calibration: Callable[[int, int], None] | None,
+    images: Shaped[Tensor, "n c h w"], num_before: int, total: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Chunk by chunk the photos, their repaired images, and all evidence but the distribution's. Tells of progress."""
+
+    def work(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        photos = to_unit(images[start:stop])
+        return photos, *repair(model, photos, model_config=config.model, scoring=config.scoring, kinds=kinds)
+
+    for chunk in in_chunks(work, len(images), IMAGES_PER_CHUNK):
+        num_before += len(chunk[0])
+        yield chunk
+        if on_calibration:
+            on_calibration(num_before, total)
+
+
 def _software(device: torch.device) -> dict[str, str]:
-    return {"intra": intra.__version__, "torch": torch.__version__, "python": platform.python_version(),
+    return {"intra": intra.__version__, "code_sha256": code_sha256(), "torch": torch.__version__,
+            "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "machine": platform.machine(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
 

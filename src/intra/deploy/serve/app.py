@@ -80,8 +80,8 @@ def create_app(detector: Detector, *, name: str, token: str | None = None, limit
                   redoc_url=None, lifespan=lifespan, redirect_slashes=False)  # fmt: skip
     _add_errors(app)
     _add_page(app)
-    _add_facts(app, parts)
     _add_inspection(app, parts)
+    _add_facts(app, parts)
     return Guard(app, token=token, metrics=parts.metrics)
 
 

@@ -11,7 +11,10 @@ const MOST_LISTED = 50; // defects of one photo
 const $ = (id) => document.getElementById(id);
 
 const stage = new Stage({ stage: $("stage"), frame: $("frame"), photo: $("photo"), repaired: $("repaired"), heat: $("heat"), outlines: $("outlines") });
-const table = new Table($("rows"), [...document.querySelectorAll("th")], choose);
+const table = new Table($("rows"), [...document.querySelectorAll("th")], (item) => {
+  choose(item);
+  $("view").scrollIntoView({ block: "start" }); // the table may be far below the verdict
+});
 const queue = new Queue(work);
 let model, strip, threshold;
 let items = [], chosen = null, heats = null, photoUrl = null, numAdded = 0;
@@ -29,7 +32,7 @@ async function start() {
   threshold = model.threshold.value;
   strip = new Strip($("strip"), $("threshold"), model.held_out_scores, threshold);
   $("model").textContent = model.name;
-  $("promise-start").textContent = `Its threshold comes ${model.threshold.promise}.`;
+  $("promise-start").textContent = `The model’s threshold comes ${model.threshold.promise}.`;
   stage.setOpacity(0.6);
   listen();
   document.body.classList.add("ready");
@@ -206,10 +209,7 @@ function setThreshold(value) {
 
 function step(by) {
   const order = table.sorted(items), next = order[order.indexOf(chosen) + by];
-  if (next) {
-    choose(next);
-    table.rows.get(next)?.scrollIntoView({ block: "nearest" });
-  }
+  if (next) choose(next);
 }
 
 function download() {

@@ -31,6 +31,8 @@ export class Stage {
   setCut(percent) {
     this.cut = Math.min(Math.max(percent, 0), 100);
     this.frame.style.setProperty("--cut", `${this.cut}%`);
+    this.frame.classList.toggle("repaired-alone", this.cut < 15);
+    this.frame.classList.toggle("photo-alone", this.cut > 85);
     this.stage.setAttribute("aria-valuenow", Math.round(this.cut));
     this.stage.setAttribute("aria-valuetext", `${Math.round(this.cut)} % photo`);
   }

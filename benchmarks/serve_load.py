@@ -4,7 +4,8 @@
 
 Prints, and with --out writes, JSON: photos per second, seconds until the verdict (median, 95th percentile, longest),
 how many were told to come back (503) and did, and the server's memory after a warm-up and ever again until the end.
-Each client keeps its connection and sends one photo after the other, each as it lies on the disk.
+Each client keeps its connection and sends one photo after the other, each as it lies on the disk. On a machine with
+other work the seconds say more about that work (see load_average); the server's own CPU seconds per photo do not.
 """
 
 import argparse
@@ -85,16 +86,26 @@ def run_clients(port: int, photos: list[bytes], num_requests: int, num_clients: 
     return clients, time.perf_counter() - start
 
 
-def measure(port: int, photos: list[bytes], settings: argparse.Namespace) -> dict[str, object]:
+def cpu_seconds(pid: int) -> float | None:
+    """What a process has used of all cores; None where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(port: int, pid: int, photos: list[bytes], settings: argparse.Namespace) -> dict[str, object]:
     """The figures."""
     run_clients(port, photos, settings.warm_up, settings.clients)
-    at_start = memory_mib(port)
+    at_start, cpu_before = memory_mib(port), cpu_seconds(pid)
     memory = [at_start]
     parts = []
     share = -(-settings.requests // settings.parts)
     for _ in range(settings.parts):  # with a look at the memory between them
         parts.append(run_clients(port, photos, share, settings.clients))
         memory.append(memory_mib(port))
+    cpu_after = cpu_seconds(pid)
     clients = [client for part, _ in parts for client in part]
     seconds = np.array([value for client in clients for value in client.seconds])
     failures = [failure for client in clients for failure in client.failures]
@@ -103,6 +114,8 @@ def measure(port: int, photos: list[bytes], settings: argparse.Namespace) -> dic
         "requests": len(seconds), "clients": settings.clients, "warm_up_requests": settings.warm_up,
         "failures": len(failures), "first_failures": failures[:3],
         "busy_503": sum(client.num_busy for client in clients), "elapsed_s": round(elapsed_s, 2),
+        "server_cpu_seconds_per_photo": None if cpu_before is None or cpu_after is None else round(
+            (cpu_after - cpu_before) / len(seconds), 4),
         "photos_per_second": round(len(seconds) / elapsed_s, 2),
         "seconds_p50": round(float(np.percentile(seconds, 50)), 3),
         "seconds_p95": round(float(np.percentile(seconds, 95)), 3), "seconds_max": round(float(seconds.max()), 3),
@@ -133,13 +146,14 @@ def main() -> None:
             sys.exit("the server did not start")
         load_before = os.getloadavg()
         try:
-            found = measure(int(address[1]), photos, settings)
+            found = measure(int(address[1]), server.pid, photos, settings)
         finally:
             server.send_signal(signal.SIGTERM)
     found |= {"photo_files": len(photos), "mean_file_bytes": round(sum(map(len, photos)) / len(photos)),
               "queue": settings.queue, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
               "threads_of_torch": os.environ.get("OMP_NUM_THREADS", "default"),
-              "load_average_before": [round(value, 1) for value in load_before], "python": platform.python_version()}
+              "load_average": [round(value, 1) for value in (*load_before, *os.getloadavg())],
+              "python": platform.python_version()}  # fmt: skip
     text = json.dumps(found, indent=2)
     print(text)
     if settings.out is not None:

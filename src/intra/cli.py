@@ -1,5 +1,6 @@
 """The command line: parses, calls one function, prints."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -182,6 +183,33 @@ def predict(
                          f"in {out / 'predictions.jsonl'}")
 
 
+@app.command(epilog="Example: `intra serve runs/bottle --port 8000`, then open http://127.0.0.1:8000")
+def serve(
+    run: RunArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on; any but a loopback one needs a token.")] = (
+        "127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Holds the token that every request must carry. Or set INTRA_TOKEN.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Photos that may wait; more clients are told to come back.")] = 64,
+    max_upload: Annotated[int, typer.Option(metavar="MIB", min=1, help="The largest upload.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="The largest photo.")] = 32,
+    device: DeviceOption = "auto",
+    threshold: ThresholdOption = None,
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Inspect photos in a browser or over HTTP, until Ctrl-C."""
+    from intra.deploy.serve import serve as serve_run
+    from intra.deploy.serve.limits import MIB, Limits
+
+    limits = Limits(waiting=queue, body_bytes=max_upload * MIB, received_bytes=max(256, 4 * max_upload) * MIB,
+                    pixels=round(max_megapixels * 1e6))
+
+    serve_run(run, host=host, port=port, token=_token(token_file), limits=limits, device=device, threshold=threshold,
+              false_reject_rate=false_reject_rate,
+              on_ready=lambda address: say(make_console(), f"{address} inspects with {run}; Ctrl-C ends it"))
+
+
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
@@ -304,6 +332,17 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         for name, reason in results.get("reasons", {}).items():
             console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _token(file: Path | None) -> str | None:
+    """The token of `intra serve`; never an option's value, which everybody on the machine could read."""
+    if file is None:
+        return os.environ.get("INTRA_TOKEN") or None
+    try:
+        return file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InTraError(f"cannot read the token in {file}: {getattr(error, 'strerror', None) or 'no ASCII'}"
+                         ) from error
 
 
 def _pairs(settings: list[str] | None) -> dict[str, str]:

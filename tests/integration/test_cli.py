@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-VERBS = ["check-data", "train", "evaluate", "predict", "demo", "benchmark", "watch", "record", "verify"]
+VERBS = ["check-data", "train", "evaluate", "predict", "demo", "benchmark", "watch", "record", "verify", "serve"]
 
 
 def intra(*words: object, code: int = 0) -> str:

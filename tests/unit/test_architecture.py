@@ -33,6 +33,7 @@ WALLS = {  # third parties, and the only places that may import them
     "rich": ("cli.py", "terminal.py"),
     "sklearn": ("evaluation/metrics.py",),
     "tensorboard": ("training/",),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "h11", "pydantic", "python_multipart"), ("deploy/serve/",)),
 }
 MODULES = sorted(SOURCE.rglob("*.py"))
 

@@ -7,6 +7,7 @@ each place is PaDiM's (Defard et al. 2021), there of a pretrained network's feat
 the photos themselves. docs/decisions/0009-distribution.md
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images
 @dataclass(frozen=True)
 class ScaleDistribution:
     """At one scale. A cell has four features for each of m filters: the photo's response and the logarithm of its
-    energy, the repaired image's response, and the logarithm of the energy of what it changes.
+    energy, the repaired image's response, and the logarithm of the energy of what it changes; without a repaired image
+    the first two.
     """
 
     filters: Float[Tensor, "m c k k"]  # of unit standard deviation over good photos
@@ -45,7 +47,7 @@ class ScaleDistribution:
 
     @property
     def num_features(self) -> int:
-        """D, of a cell."""
+        """D, of a cell with its repaired image."""
         return 4 * len(self.filters)
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
@@ -61,8 +63,10 @@ class PatchDistribution:
     scales: tuple[int, ...]  # factors by which the images are reduced
     parts: tuple[ScaleDistribution, ...]  # one for each scale
 
-    def evidence(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]."""
+    def evidence(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b h w"]:
+        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as for `add`."""
         total = photos.new_zeros(len(photos), *self.grid)
         for scale, part in zip(self.scales, self.parts, strict=True):
             features = _features(photos, repaired, part.filters, scale, self.grid)
@@ -92,14 +96,27 @@ class PatchMoments:
         self.filters = [_principal_filters(photos, scale, num_filters, seed) for scale in scales]
         self._sums: list[_Sums | None] = [None] * len(scales)
 
-    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> None:
-        """Images that were trained on, with their repaired images, in [0, 1]."""
+    def empty(self) -> "PatchMoments":
+        """The same filters and cells, without any image."""
+        other = copy.copy(self)
+        other._sums = [None] * len(self.scales)
+        return other
+
+    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None) -> None:
+        """Good images, with their repaired images, in [0, 1]; with None everywhere the photos alone are described."""
         for index, (scale, filters) in enumerate(zip(self.scales, self.filters, strict=True)):
             features = _features(photos, repaired, filters, scale, self.grid)
             self._sums[index] = sums = self._sums[index] or _Sums(features)
             sums.add(features)
 
-    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor]]) -> PatchDistribution:
+    def merge(self, other: "PatchMoments") -> None:
+        """Also what another one, made by `empty` of the same, has gathered."""
+        for index, theirs in enumerate(other._sums):
+            if theirs is not None:
+                self._sums[index] = sums = self._sums[index] or theirs.empty()
+                sums.merge(theirs)
+
+    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor | None]]) -> PatchDistribution:
         """The distribution, held against good images that were not trained on, chunks of photos and repaired images:
         they say how much more a feature spreads on new images, and by their likelihood how far each place's covariance
         shrinks towards that of all.
@@ -134,6 +151,16 @@ class _Sums:
         self.first += away.sum(2, keepdim=True)
         self.second += away @ away.transpose(1, 2)
 
+    def empty(self) -> "_Sums":
+        return _Sums(self.shift)
+
+    def merge(self, other: "_Sums") -> None:
+        away = other.shift - self.shift  # theirs are sums about another point
+        across = other.first @ away.transpose(1, 2)
+        self.count += other.count
+        self.first += other.first + other.count * away
+        self.second += other.second + across + across.transpose(1, 2) + other.count * away @ away.transpose(1, 2)
+
     def moments(self) -> tuple[Float[Tensor, "cells d"], Float[Tensor, "cells d d"]]:
         mean = self.first / self.count
         covariance = (self.second - self.count * mean @ mean.transpose(1, 2)) / max(1, self.count - 1)
@@ -164,12 +191,15 @@ def _shrunk(covariance: Float[Tensor, "cells d d"], shrinkage: float) -> Float[T
 
 
 def _features(
-    photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], filters: Float[Tensor, "m c k k"],
+    photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
     scale: int, grid: tuple[int, int],
 ) -> Float[Tensor, "cells d b"]:  # fmt: skip
-    """The four features of each filter at each cell."""
-    own, others = _responses(photos, filters, scale), _responses(repaired, filters, scale)
-    parts = [_pooled(own, grid), _log_energy(own, grid), _pooled(others, grid), _log_energy(own - others, grid)]
+    """The four features of each filter at each cell; two without a repaired image."""
+    own = _responses(photos, filters, scale)
+    parts = [_pooled(own, grid), _log_energy(own, grid)]
+    if repaired is not None:
+        others = _responses(repaired, filters, scale)
+        parts += [_pooled(others, grid), _log_energy(own - others, grid)]
     return torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0)
 
 

@@ -170,15 +170,17 @@ def predict(
         def show(verdict: FileVerdict, done: int, total: int) -> None:
             nonlocal num_anomalous
             step(done, total)
+            setup = f"  SETUP: {verdict.prediction.setup_reason}" if verdict.prediction and (
+                verdict.prediction.setup_alarm) else ""
             if verdict.prediction is None:
                 console.print(f"not inspected  {verdict.error}", style="yellow", markup=False, soft_wrap=True)
             elif verdict.prediction.is_anomalous:
                 num_anomalous += 1
-                console.print(f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}", style="red", markup=False,
-                              soft_wrap=True)
+                console.print(f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}{setup}", style="red",
+                              markup=False, soft_wrap=True)
             else:
-                console.print(f"good    {verdict.prediction.score:.4g}  {verdict.path}", markup=False, highlight=False,
-                              soft_wrap=True)
+                console.print(f"good    {verdict.prediction.score:.4g}  {verdict.path}{setup}", markup=False,
+                              highlight=False, soft_wrap=True)
 
         unreadable = predict_files(detector, images, out, save_images=save_images, on_verdict=show)
     console.print(f"{num_anomalous} anomalous (score above {detector.threshold:.4g}: {detector.calibration.promise})",
@@ -398,6 +400,56 @@ def _training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Calla
             progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
 
         yield show, show_calibration
+
+
+@app.command(epilog="Example: `intra audit photos/bottle --out audits/bottle`")
+def audit(
+    data: DataArgument, out: OutOption, normal: NormalOption = None,
+    top: Annotated[int, typer.Option(help="How many photos to list and to show.")] = 20,
+) -> None:
+    """Rank good photos by how little they look like the others, before any training: DIR/audit.html, audit.json."""
+    from intra.data.folder import find_categories
+    from intra.evaluation.audit import audit_category
+
+    categories, console = find_categories(data, normal=normal), _console()
+    for category in categories:
+        folder = out / category.name if len(categories) > 1 else out
+        with _bar(f"auditing {category.name}", unit="photos/s") as step:
+            found = audit_category(category, out=folder, top=top, on_progress=step)
+        console.print(f"{category.name}: of {found['num_photos']} good photos these look least like the others; 9 of "
+                      f"10 score below {found['usual_score']:.4g}", highlight=False, markup=False, soft_wrap=True)
+        for row in found["photos"][:top]:
+            console.print(f"{row['rank']:4}  {row['score']:.4g}  {category.root / row['path']}", highlight=False,
+                          markup=False, soft_wrap=True)
+        console.print(f"wrote {folder / 'audit.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: `intra calibrate runs/bottle good_photos --out runs/bottle_june`")
+def calibrate(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(
+        metavar="IMAGE_OR_FOLDER...", help="New photos of good parts, none that the model was trained on.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE_OR_RUN", help="The model file, or the folder, to write.")],
+    device: DeviceOption = "auto",
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Set a model's threshold by new good photos, without training. The stored model stays as it is."""
+    from intra.inspection.recalibration import calibrate as recalibrated
+
+    with _bar("inspecting", unit="images/s") as step:
+        found = recalibrated(run, images, out=out, false_reject_rate=false_reject_rate, device=device, on_progress=step)
+    console = _console()
+    for path, first in found.duplicates:
+        console.print(f"left out: {path}: the same picture as {first}", style="yellow", highlight=False, markup=False,
+                      soft_wrap=True)
+    if found.setup_alarms:
+        listed = ", ".join(f"{reason} ({count})" for reason, count in found.setup_alarms.most_common())
+        console.print(f"{found.setup_alarms.total()} of {found.threshold.num_images} raise the model's setup alarm: "
+                      f"{listed}; if that is how photos are now, consider training anew", style="yellow",
+                      highlight=False, markup=False, soft_wrap=True)
+    console.print(f"threshold {found.threshold.value:.4g}, {found.threshold.promise}", highlight=False, markup=False,
+                  soft_wrap=True)
+    console.print(f"wrote {found.model_path}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What good images look like to the model, and the threshold, from good images that were not trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ __all__ = ["INTERVAL_SHARE", "LEAST_HELD_OUT", "Threshold", "calibrate", "choose
            "p_value"]
 
 LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
+NUM_FOLDS = 5  # of held-out images, where each anew costs a distribution
 INTERVAL_SHARE = 0.9  # of sets of good images: in so many the realised rate lies in the stated interval
 
 
@@ -96,33 +97,51 @@ def _beta_quantile(a: int, b: int, probability: float) -> float:
 
 def calibrate(
     held_out: Float[Tensor, "n k h w"], trained_on: Float[Tensor, "m l h w"] | None, *, kinds: Sequence[Evidence],
-    scoring: ScoringConfig,
+    scoring: ScoringConfig, refit: Callable[[list[int]], Tensor] | None = None,
 ) -> tuple[Reference, list[float]]:  # fmt: skip
     """The reference for anomaly maps, and the scores of the held-out good images, from their evidence.
 
     With the reference "training" (the paper) its means are taken from `trained_on`, which has all kinds of evidence but
-    the distribution. With "validation" they are taken from the held-out images, and each held-out image is scored
-    against the others alone, as a new image would be; that needs at least three. How rare evidence is, the held-out
-    images say in any case: what was trained on is too good for that.
+    the distribution. With "validation" they are taken from the held-out images; that needs at least three. How rare
+    evidence is, the held-out images say in any case: what was trained on is too good for that.
+
+    Whatever held-out images decide – means, tails, and with `refit` the distribution's spread and shrinkage – is
+    decided anew for each fold of them by the others alone, so that each is scored as a new image would be. `refit`
+    gives the evidence of all held-out images if only those at the given places had a say in it.
     """
-    if scoring.reference == "training":
-        if trained_on is None:
-            raise ValueError("the reference 'training' needs the maps of the training images")
-        reference = _reference(trained_on, held_out, kinds, scoring)
-        return reference, image_score(anomaly_map(held_out, reference, kinds=kinds, scoring=scoring)).tolist()
-    if len(held_out) < LEAST_HELD_OUT:
+    if scoring.reference == "training" and trained_on is None:
+        raise ValueError("the reference 'training' needs the maps of the training images")
+    if scoring.reference == "validation" and len(held_out) < LEAST_HELD_OUT:
         raise InTraError(
             f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
             f"{len(held_out)}; give more good images, a larger data.validation_fraction, or scoring.reference=training"
         )
     num_means = len(kinds) - ("distribution" in kinds)
-    scores: list[float] = []
-    for index in range(len(held_out)):
-        others = torch.cat([held_out[:index], held_out[index + 1 :]])
-        reference = _reference(others[:, :num_means], others, kinds, scoring)
-        one = anomaly_map(held_out[index : index + 1], reference, kinds=kinds, scoring=scoring)
-        scores.append(float(image_score(one)))
-    return _reference(held_out[:, :num_means], held_out, kinds, scoring), scores
+
+    def reference_from(evidence: Float[Tensor, "o k h w"]) -> Reference:
+        means = trained_on if scoring.reference == "training" else evidence[:, :num_means]
+        assert means is not None
+        return _reference(means, evidence, kinds, scoring)
+
+    scores = torch.empty(len(held_out))
+    for fold, others in _folds(len(held_out), kinds, scoring, is_costly=refit is not None):
+        evidence = refit(others) if refit and len(others) < len(held_out) else held_out
+        maps = anomaly_map(evidence[fold], reference_from(evidence[others]), kinds=kinds, scoring=scoring)
+        scores[fold] = image_score(maps).to(scores)
+    return reference_from(held_out), scores.tolist()
+
+
+def _folds(
+    count: int, kinds: Sequence[Evidence], scoring: ScoringConfig, *, is_costly: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Which held-out images are scored together, and which decide for them."""
+    everyone = list(range(count))
+    decides_nothing = scoring.reference == "training" and len(kinds) == 1 and not is_costly
+    if decides_nothing or count < LEAST_HELD_OUT:
+        return [(everyone, everyone)]
+    num_folds = count if scoring.reference == "validation" and not is_costly else min(NUM_FOLDS, count)
+    return [(everyone[start::num_folds], [i for i in everyone if i % num_folds != start])
+            for start in range(num_folds)]
 
 
 def _reference(

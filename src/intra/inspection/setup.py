@@ -65,7 +65,7 @@ class Setup:
             raise ValueError(f"{len(photos)} good photos; expected at least {LEAST_GOOD}")
         small = torch.cat([_small(to_unit(chunk)) for chunk in photos.split(8)])
         fold = torch.arange(len(photos), device=photos.device) % min(NUM_FOLDS, len(photos))
-        found = small.new_zeros(len(photos), CLASSES * photos.shape[1] + len(SHARPNESS_QUANTILES) + len(POSES))
+        found = small.new_zeros(len(photos), _num_measurements(photos.shape[1]))
         for number in range(int(fold.max()) + 1):
             mean = small[fold != number].mean(0)
             for chunk in (fold == number).nonzero()[:, 0].split(8):
@@ -84,6 +84,11 @@ class Setup:
     def to(self, device: torch.device) -> "Setup":
         """The same on a device."""
         return Setup(self.mean.to(device), self.centre.to(device), self.spread.to(device), self.scores)
+
+    def fits(self, image_size: tuple[int, int], channels: int) -> bool:
+        """Whether it can check images of that height, width and number of channels."""
+        size, count = _fitting(image_size, MEAN_SIDE), _num_measurements(channels)
+        return self.mean.shape == (channels, *size) and self.centre.shape == self.spread.shape == (count,)
 
     def check(self, photos: Float[Tensor, "b c h w"]) -> list[SetupCheck]:
         """Of photos in [0, 1], of the size that the good ones had."""
@@ -118,13 +123,17 @@ def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"])
 
 
 def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
-    return F.adaptive_avg_pool2d(photos, _fitting(photos, MEAN_SIDE))
+    return F.adaptive_avg_pool2d(photos, _fitting((photos.shape[-2], photos.shape[-1]), MEAN_SIDE))
 
 
-def _fitting(images: Float[Tensor, "b *c h w"], side: int) -> list[int]:
-    """Height and width with a longer side of that many px; never larger than the images."""
-    longer = max(images.shape[-2:])
-    return [max(1, round(each * min(1, side / longer))) for each in images.shape[-2:]]
+def _num_measurements(channels: int) -> int:
+    return CLASSES * channels + len(SHARPNESS_QUANTILES) + len(POSES)
+
+
+def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Height and width with a longer side of that many px; never larger than they were."""
+    share = min(1, side / max(size))
+    return max(1, round(size[0] * share)), max(1, round(size[1] * share))
 
 
 def _tones(small: Float[Tensor, "b c i j"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
@@ -154,7 +163,7 @@ def _poses(photos: Float[Tensor, "b i j"], mean: Float[Tensor, "i j"]) -> Float[
     """
     pose = photos.new_zeros(len(photos), 4)
     for level in LEVELS:
-        size = _fitting(photos, level)
+        size = _fitting((mean.shape[0], mean.shape[1]), level)
         image, template = F.adaptive_avg_pool2d(photos, size), F.adaptive_avg_pool2d(mean[None], size)[0]
         for _ in range(STEPS):
             pose = pose + _pose_step(image, template, pose)
@@ -177,8 +186,8 @@ def _pose_step(
     warped = F.grid_sample(template.expand(len(image), 1, -1, -1), where.to(image.dtype), mode="bilinear",
                            padding_mode="border", align_corners=False)[:, 0]
     inner = F.pad(warped[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    by_y, by_x = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2, (inner[:, 1:-1, 2:] - inner[:, 1:-1, :-2]
-                                                                           ) * longer / 2
+    by_y = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2
+    by_x = (inner[:, 1:-1, 2:] - inner[:, 1:-1, :-2]) * longer / 2
     columns = torch.stack([-by_y, -by_x, -(by_y * (y - down) + by_x * (x - right)),
                            by_y * (x - right) - by_x * (y - down), torch.ones_like(warped), warped], dim=-1)
     columns, away = columns.flatten(1, 2), (image - warped).flatten(1)

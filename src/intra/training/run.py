@@ -25,7 +25,8 @@ from intra.inspection.anomaly import evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import pick_device, uses_bf16
-from intra.inspection.distribution import PatchMoments
+from intra.inspection.distribution import PatchDistribution, PatchMoments
+from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.models import build
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.engine import Budget, Report, fit
@@ -323,14 +324,27 @@ def _calibrated(
             held_out.append((photos, repaired, evidence))
         if on_calibration:
             on_calibration(sum(map(len, trained_on)) + sum(len(each[0]) for each in held_out), count + len(validation))
-    distribution = moments.fitted([(photos, repaired) for photos, repaired, _ in held_out]) if moments else None
-    unseen = torch.cat([
-        torch.cat([evidence, distribution.evidence(photos, repaired)[:, None]], dim=1) if distribution else evidence
-        for photos, repaired, evidence in held_out]).cpu()
-    reference, scores = calibrate(unseen, torch.cat(trained_on) if scoring.reference == "training" else None,
-                                  kinds=kinds, scoring=scoring)
+    photos, repaired, evidence = (torch.cat(parts) for parts in zip(*held_out, strict=True))
+
+    def described(distribution: PatchDistribution | None) -> Tensor:
+        """The held-out images' evidence, with the distribution's as the last."""
+        if distribution is None:
+            return evidence.cpu()
+        chunks = zip(photos.split(8), repaired.split(8), strict=True)
+        found = torch.cat([distribution.evidence(*chunk) for chunk in chunks])
+        return torch.cat([evidence, found[:, None]], dim=1).cpu()
+
+    def fitted(places: list[int]) -> PatchDistribution | None:
+        return moments.fitted([(photos[places], repaired[places])]) if moments else None
+
+    distribution = fitted(list(range(len(photos))))
+    reference, scores = calibrate(
+        described(distribution), torch.cat(trained_on) if scoring.reference == "training" else None, kinds=kinds,
+        scoring=scoring, refit=(lambda places: described(fitted(places))) if moments else None)
+    everything = torch.cat([training, validation])  # the network has no part in it: all good images count
+    setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                    distribution=distribution, device=str(device))
+                    distribution=distribution, setup=setup, device=str(device))
 
 
 def _software(device: torch.device) -> dict[str, str]:

@@ -5,7 +5,7 @@ scored by one that was fitted without it and its fold. Then once more without th
 do not teach what is usual.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,13 @@ __all__ = ["Audit", "audit_photos"]
 NUM_FOLDS = 5
 KEPT_SHARE = 0.9  # of the photos, that teach what is usual; the others are only scored
 PHOTOS_PER_BATCH = 8
-MOST_HELD_OUT = 64  # photos of a fold, against which a distribution is held: more say the same and take memory
 
 
 @dataclass(frozen=True)
 class Audit:
     """How unlike the others each photo is."""
 
-    scores: tuple[float, ...]  # the highest evidence of each; the higher, the odder
+    scores: tuple[float, ...]  # the highest evidence of any cell of each; the higher, the odder
     distributions: tuple[PatchDistribution, ...]  # each was fitted without one fold
 
     def evidence(self, photo: Shaped[Tensor, "c h w"], index: int) -> Float[Tensor, "h w"]:
@@ -42,43 +41,45 @@ def audit_photos(
 ) -> Audit:  # fmt: skip
     """The audit of at least two photos, uint8 or float in [0, 1]. Of `scoring` the distribution's settings count.
 
-    `on_progress` is called with the number of photos that have been scored, each twice, and of all.
+    `on_progress` is called with the number of photos that have been described, and of all.
     """
     num_folds = min(NUM_FOLDS, len(photos))
     base = PatchMoments(photos, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
                         cell_size=scoring.cell_size, seed=seed)
+    chunks = []
+    for chunk in photos.split(PHOTOS_PER_BATCH):
+        chunks.append(base.features(to_unit(chunk), None))
+        if on_progress:
+            on_progress(min(len(chunks) * PHOTOS_PER_BATCH, len(photos)), len(photos))
+    features = [torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)]  # of each scale (cells, D, N)
     kept = torch.ones(len(photos), dtype=torch.bool)
-    for number in range(2):
-        distributions = _cross_fitted(base, photos, kept, num_folds)
+    for _ in range(2):
+        distributions = _cross_fitted(base, features, kept, num_folds)
         scores = torch.empty(len(photos))
         for fold, distribution in enumerate(distributions):
-            for chunk in torch.arange(fold, len(photos), num_folds).split(PHOTOS_PER_BATCH):
-                scores[chunk] = distribution.evidence(to_unit(photos[chunk]), None).amax((1, 2))
-            if on_progress:
-                on_progress((number * num_folds + fold + 1) * len(photos) // num_folds, 2 * len(photos))
+            own = [each[..., fold::num_folds] for each in features]
+            scores[fold::num_folds] = distribution.evidence_of(own, base.grid).amax((1, 2))
         kept = scores <= scores.quantile(KEPT_SHARE)
     return Audit(tuple(scores.tolist()), distributions)
 
 
 def _cross_fitted(
-    base: PatchMoments, photos: Shaped[Tensor, "n c h w"], kept: Bool[Tensor, " n"], num_folds: int
+    base: PatchMoments, features: Sequence[Float[Tensor, "cells d n"]], kept: Bool[Tensor, " n"], num_folds: int
 ) -> tuple[PatchDistribution, ...]:
     """A distribution for each fold, from the kept photos of all others, held against those of the fold itself."""
     folds = []
     for fold in range(num_folds):
-        index = torch.arange(fold, len(photos), num_folds)
-        index = index[kept[index]] if kept[index].any() else index  # a fold of odd ones alone, in a small set
-        folds.append(index.split(PHOTOS_PER_BATCH))
+        index = torch.arange(fold, len(kept), num_folds)
+        # in a small set a fold may be of odd ones alone
+        folds.append([each[..., index[kept[index]] if kept[index].any() else index] for each in features])
     gathered = [base.empty() for _ in folds]
-    for moments, chunks in zip(gathered, folds, strict=True):
-        for chunk in chunks:
-            moments.add(to_unit(photos[chunk]), None)
+    for moments, own in zip(gathered, folds, strict=True):
+        moments.add_features(own)
     distributions = []
-    for fold, chunks in enumerate(folds):
+    for fold, own in enumerate(folds):
         others = base.empty()
         for other, moments in enumerate(gathered):
             if other != fold:
                 others.merge(moments)
-        held_out = [(to_unit(photos[chunk]), None) for chunk in chunks[: MOST_HELD_OUT // PHOTOS_PER_BATCH]]
-        distributions.append(others.fitted(held_out))
+        distributions.append(others.fitted_to(own))
     return tuple(distributions)

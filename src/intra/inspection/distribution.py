@@ -67,11 +67,17 @@ class PatchDistribution:
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
         """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as for `add`."""
-        total = photos.new_zeros(len(photos), *self.grid)
-        for scale, part in zip(self.scales, self.parts, strict=True):
-            features = _features(photos, repaired, part.filters, scale, self.grid)
-            total = total + part.distances(features).log1p().T.unflatten(1, self.grid)
-        return F.interpolate(total[:, None], size=photos.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        features = [_features(photos, repaired, part.filters, scale, self.grid)
+                    for scale, part in zip(self.scales, self.parts, strict=True)]
+        return self.evidence_of(features, (photos.shape[-2], photos.shape[-1]))
+
+    def evidence_of(self, features: Sequence[Float[Tensor, "cells d b"]], size: tuple[int, int]
+                    ) -> Float[Tensor, "b h w"]:  # fmt: skip
+        """The same from what `PatchMoments.features` made of images of that height and width."""
+        total = sum(part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True))
+        assert isinstance(total, Tensor)
+        maps = total.T.unflatten(1, self.grid)
+        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
@@ -104,10 +110,20 @@ class PatchMoments:
 
     def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None) -> None:
         """Good images, with their repaired images, in [0, 1]; with None everywhere the photos alone are described."""
-        for index, (scale, filters) in enumerate(zip(self.scales, self.filters, strict=True)):
-            features = _features(photos, repaired, filters, scale, self.grid)
-            self._sums[index] = sums = self._sums[index] or _Sums(features)
-            sums.add(features)
+        self.add_features(self.features(photos, repaired))
+
+    def features(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> list[Float[Tensor, "cells d b"]]:
+        """What images are to the distribution, at each scale: for those that are used several times."""
+        return [_features(photos, repaired, filters, scale, self.grid)
+                for scale, filters in zip(self.scales, self.filters, strict=True)]
+
+    def add_features(self, features: Sequence[Float[Tensor, "cells d b"]]) -> None:
+        """Good images by their features."""
+        for index, each in enumerate(features):
+            self._sums[index] = sums = self._sums[index] or _Sums(each.mean(2, keepdim=True))
+            sums.add(each)
 
     def merge(self, other: "PatchMoments") -> None:
         """Also what another one, made by `empty` of the same, has gathered."""
@@ -121,29 +137,33 @@ class PatchMoments:
         they say how much more a feature spreads on new images, and by their likelihood how far each place's covariance
         shrinks towards that of all.
         """
+        chunks = [self.features(*chunk) for chunk in held_out]
+        return self.fitted_to([torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)])
+
+    def fitted_to(self, held_out: Sequence[Float[Tensor, "cells d b"]]) -> PatchDistribution:
+        """The same, held against images by their features at each scale."""
         parts = []
-        for scale, filters, sums in zip(self.scales, self.filters, self._sums, strict=True):
+        for filters, sums, unseen in zip(self.filters, self._sums, held_out, strict=True):
             assert sums is not None, "no image was added"
             mean, covariance = sums.moments()
-            unseen = torch.cat([_features(*chunk, filters, scale, self.grid) for chunk in held_out], dim=2)
-            unseen = unseen - mean[..., None]
-            spread = unseen.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
+            away = unseen - mean[..., None]
+            spread = away.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
             covariance = covariance * wider[:, None] * wider
-            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), unseen) for share in SHRINKAGES),
+            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), away) for share in SHRINKAGES),
                                key=lambda each: each[0])
             parts.append(ScaleDistribution(filters, mean, whitening))
         return PatchDistribution(self.grid, self.scales, tuple(parts))
 
 
 class _Sums:
-    """First and second moments of each cell's features about the first chunk's mean: far numbers cancel badly."""
+    """First and second moments of each cell's features about a point near their mean: far numbers cancel badly."""
 
-    def __init__(self, features: Float[Tensor, "cells d b"]) -> None:
-        self.shift = features.mean(2, keepdim=True)
+    def __init__(self, shift: Float[Tensor, "cells d 1"]) -> None:
+        self.shift = shift
         self.count = 0
-        self.first = torch.zeros_like(self.shift)
-        self.second = features.new_zeros(*features.shape[:2], features.shape[1])
+        self.first = torch.zeros_like(shift)
+        self.second = shift.new_zeros(*shift.shape[:2], shift.shape[1])
 
     def add(self, features: Float[Tensor, "cells d b"]) -> None:
         away = features - self.shift

@@ -4,7 +4,7 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from intra.data.files import name_below, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
-from intra.inspection.anomaly import evidence_kinds
+from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import pick_device, uses_bf16
@@ -308,43 +308,56 @@ def _calibrated(
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
     moments = PatchMoments(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
                            cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
-    learns = moments is not None or scoring.reference == "training"
-    count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
-    chosen = torch.linspace(0, len(training) - 1, count).round().long()
-    trained_on: list[Tensor] = []
-    held_out: list[tuple[Tensor, Tensor, Tensor]] = []  # photos, repaired, evidence
-    for chunk in (*training[chosen.to(training.device)].split(8), *validation.split(8)):
-        photos = to_unit(chunk)
-        repaired, evidence = repair(model, photos, model_config=config.model, scoring=scoring, kinds=kinds)
-        if sum(map(len, trained_on)) < count:
-            trained_on.append(evidence.cpu())
-            if moments:
-                moments.add(photos, repaired)
-        else:
-            held_out.append((photos, repaired, evidence))
-        if on_calibration:
-            on_calibration(sum(map(len, trained_on)) + sum(len(each[0]) for each in held_out), count + len(validation))
-    photos, repaired, evidence = (torch.cat(parts) for parts in zip(*held_out, strict=True))
-
-    def described(distribution: PatchDistribution | None) -> Tensor:
-        """The held-out images' evidence, with the distribution's as the last."""
-        if distribution is None:
-            return evidence.cpu()
-        chunks = zip(photos.split(8), repaired.split(8), strict=True)
-        found = torch.cat([distribution.evidence(*chunk) for chunk in chunks])
-        return torch.cat([evidence, found[:, None]], dim=1).cpu()
+    trained_on, held_out, unseen = _examined(model, config, training, validation, kinds, moments, on_calibration)
 
     def fitted(places: list[int]) -> PatchDistribution | None:
-        return moments.fitted([(photos[places], repaired[places])]) if moments else None
+        """The distribution, held against the held-out images at these places."""
+        return moments.fitted_to([each[..., places] for each in unseen]) if moments else None
 
-    distribution = fitted(list(range(len(photos))))
-    reference, scores = calibrate(
-        described(distribution), torch.cat(trained_on) if scoring.reference == "training" else None, kinds=kinds,
-        scoring=scoring, refit=(lambda places: described(fitted(places))) if moments else None)
+    def evidence(distribution: PatchDistribution | None) -> Tensor:
+        """Of the held-out images; the distribution's as the last."""
+        if distribution is None:
+            return held_out
+        found = distribution.evidence_of(unseen, config.model.image_size).cpu()
+        return torch.cat([held_out, found[:, None]], dim=1)
+
+    distribution = fitted(list(range(len(held_out))))
+    reference, scores = calibrate(evidence(distribution), trained_on if scoring.reference == "training" else None,
+                                  kinds=kinds, scoring=scoring,
+                                  refit=(lambda places: evidence(fitted(places))) if moments else None)
     everything = torch.cat([training, validation])  # the network has no part in it: all good images count
     setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
                     distribution=distribution, setup=setup, device=str(device))
+
+
+def _examined(
+    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    kinds: Sequence[Evidence], moments: PatchMoments | None, on_calibration: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The evidence of training and of held-out images without the distribution's; and the held-out ones' features at
+    each scale, the training images' being added to the moments.
+    """
+    scoring = config.scoring
+    learns = moments is not None or scoring.reference == "training"
+    count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
+    chosen = torch.linspace(0, len(training) - 1, count).round().long()
+    trained_on: list[Tensor] = []
+    held_out: list[Tensor] = []
+    features: list[list[Tensor]] = []
+    for chunk in (*training[chosen.to(training.device)].split(8), *validation.split(8)):
+        photos = to_unit(chunk)
+        repaired, evidence = repair(model, photos, model_config=config.model, scoring=scoring, kinds=kinds)
+        is_training = sum(map(len, trained_on)) < count
+        (trained_on if is_training else held_out).append(evidence.cpu())
+        if moments and is_training:
+            moments.add(photos, repaired)
+        elif moments:
+            features.append(moments.features(photos, repaired))
+        if on_calibration:
+            on_calibration(sum(map(len, (*trained_on, *held_out))), count + len(validation))
+    unseen = [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
+    return torch.cat([held_out[0][:0], *trained_on]), torch.cat(held_out), unseen
 
 
 def _software(device: torch.device) -> dict[str, str]:

@@ -57,7 +57,8 @@ def main() -> None:
             if image.dtype == np.uint8:
                 image = np.rint(255 * change(image / 255).clip(0, 1)).astype(np.uint8)
             else:
-                image = change(to_unit(prepare(image, size=image.shape[:2], channels=channels)).permute(1, 2, 0).numpy())
+                whole = to_unit(prepare(image, size=image.shape[:2], channels=channels))
+                image = change(whole.permute(1, 2, 0).numpy())
             return setup.check(to_unit(prepare(image, size=size, channels=channels))[None])[0]
 
         print(f"\n{category.name}: {len(category.train)} good photos, {size[0]}×{size[1]} px, alarm above "

@@ -196,7 +196,7 @@ class Detector:
                                     distribution=self.distribution)
         maps = anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
         scores = image_score(maps).tolist()
-        checks = self.setup.check(batch) if self.setup else [None] * len(batch)
+        checks: Sequence[SetupCheck | None] = self.setup.check(batch) if self.setup else [None] * len(batch)
         return [
             self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
             in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)

@@ -31,12 +31,13 @@ ENERGY_FLOOR = 0.0005  # of pixels in [0, 1]: below the noise of 8 bits
 LEVELS = (16, 32, 64)  # px: the longer side at which the pose is sought, coarse to fine
 STEPS = 4  # of Gauss and Newton at each
 DAMPING = 1e-3  # of the normal matrix's mean diagonal: a round part has no angle
+LEAST_DAMPING = 1e-4  # where nothing is to be seen
 # What nobody would call a change is added to each measurement's spread; good photos may be more alike than that.
 LEAST_TONE = 0.01  # of the range
 LEAST_SHARPNESS = 0.05  # of a logarithm
 LEAST_POSE = (0.003, 0.003, 0.005, 0.01)  # down, right (of the longer side), scale (of 1), angle (rad)
 POSES = (("shifted", "shifted"), ("shifted", "shifted"), ("nearer", "farther"), ("turned", "turned"))
-TINTED_FROM = 0.5  # of the change of a class of brightness: how much channels may differ in it
+TINTED_BELOW = 0.25  # of the channel that changes most: where another changes less, or the other way
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Setup:
         is_up = bool(away[oddest] > 0)
         if oddest < num_tones:
             change = (away * self.spread.cpu())[oddest // channels * channels :][:channels]  # of that class
-            if float(change.max() - change.min()) > TINTED_FROM * float(change.abs().max()):
+            most = change[change.abs().argmax()]
+            if float((change / most).min()) < TINTED_BELOW:
                 return "another colour"
             return "brighter" if is_up else "darker"
         if oddest < num_tones + len(SHARPNESS_QUANTILES):
@@ -189,12 +191,13 @@ def _pose_step(
     by_y = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2
     by_x = (inner[:, 1:-1, 2:] - inner[:, 1:-1, :-2]) * longer / 2
     columns = torch.stack([-by_y, -by_x, -(by_y * (y - down) + by_x * (x - right)),
-                           by_y * (x - right) - by_x * (y - down), torch.ones_like(warped), warped], dim=-1)
+                           by_x * (y - down) - by_y * (x - right), torch.ones_like(warped),
+                           warped - warped.mean((1, 2), keepdim=True)], dim=-1)
     columns, away = columns.flatten(1, 2), (image - warped).flatten(1)
     away = away - away.median(1, keepdim=True).values
     weight = 1 / (1 + (away / (3 * away.abs().median(1, keepdim=True).values + 0.01)) ** 2)
     normal = columns.transpose(1, 2) @ (weight[..., None] * columns)
-    ridge = DAMPING * normal.diagonal(dim1=1, dim2=2)[:, :4].mean(1) + 1e-6
+    ridge = DAMPING * normal.diagonal(dim1=1, dim2=2)[:, :4].mean(1) + LEAST_DAMPING
     normal = normal + ridge[:, None, None] * torch.eye(6, device=image.device)
     step = torch.linalg.solve(normal, (columns.transpose(1, 2) @ (weight * away)[..., None]))[:, :4, 0]
     return step.clamp(-0.1, 0.1)

@@ -32,6 +32,8 @@ LEVELS = (16, 32, 64)  # px: the longer side at which the pose is sought, coarse
 STEPS = 4  # of Gauss and Newton at each
 DAMPING = 1e-3  # of the normal matrix's mean diagonal: a round part has no angle
 LEAST_DAMPING = 1e-4  # where nothing is to be seen
+OUTLIERS_FROM = 3  # times the median difference: from there on a pixel counts less than half
+LARGEST_STEP = 0.1  # of each part of a pose
 # What nobody would call a change is added to each measurement's spread; good photos may be more alike than that.
 LEAST_TONE = 0.01  # of the range
 LEAST_SHARPNESS = 0.05  # of a logarithm
@@ -121,7 +123,8 @@ class Setup:
 def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
     """Tone of each class of brightness and channel, sharpness, and pose, of photos against good photos' mean."""
     small = _small(photos)
-    return torch.cat([_tones(small, mean), _sharpness(photos), _poses(small.mean(1), mean.mean(0))], dim=1)
+    pose = _poses(small.mean(1), mean.mean(0))
+    return torch.cat([_tones(small, _warped(mean, pose)), _sharpness(photos), pose], dim=1)
 
 
 def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
@@ -138,10 +141,12 @@ def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * share)), max(1, round(size[1] * share))
 
 
-def _tones(small: Float[Tensor, "b c i j"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
-    """The median change of the pixels that are equally bright in the mean photo: a defect is less than half of them."""
-    order = mean.mean(0).flatten().argsort()
-    change = (small - mean).flatten(2)[..., order]  # (B, C, pixels)
+def _tones(small: Float[Tensor, "b c i j"], mean: Float[Tensor, "b c i j"]) -> Float[Tensor, "b q"]:
+    """The median change of the pixels that are equally bright in the mean photo, which lies as the photo does: a defect
+    is less than half of them.
+    """
+    order = mean.mean(1).flatten(1).argsort(1)[:, None].expand(-1, mean.shape[1], -1)
+    change = (small - mean).flatten(2).gather(2, order)  # (B, C, pixels)
     classes = change.tensor_split(CLASSES, dim=2)
     return torch.cat([(part if part.shape[2] else change).median(dim=2).values for part in classes], dim=1)
 
@@ -175,32 +180,44 @@ def _poses(photos: Float[Tensor, "b i j"], mean: Float[Tensor, "i j"]) -> Float[
 def _pose_step(
     image: Float[Tensor, "b i j"], template: Float[Tensor, "i j"], pose: Float[Tensor, "b 4"]
 ) -> Float[Tensor, "b 4"]:
-    """One step of Gauss and Newton. Coordinates are in longer sides, from the middle of the picture."""
-    height, width = template.shape
-    longer = max(height, width)
-    rows = (torch.arange(height, device=image.device) - (height - 1) / 2) / longer
-    cols = (torch.arange(width, device=image.device) - (width - 1) / 2) / longer
-    y, x = torch.meshgrid(rows, cols, indexing="ij")
-    down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
-    cos, sin = angle.cos() / scale.exp(), angle.sin() / scale.exp()
-    from_y, from_x = (y - down) * cos - (x - right) * sin, (y - down) * sin + (x - right) * cos
-    where = torch.stack([2 * longer * from_x / width, 2 * longer * from_y / height], dim=-1)
-    warped = F.grid_sample(template.expand(len(image), 1, -1, -1), where.to(image.dtype), mode="bilinear",
-                           padding_mode="border", align_corners=False)[:, 0]
+    """One step of Gauss and Newton."""
+    y, x = (part - moved[:, None, None] for part, moved in zip(_places(template), pose.unbind(1), strict=False))
+    warped = _warped(template[None], pose)[:, 0]
     inner = F.pad(warped[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    longer = max(template.shape)
     by_y = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2
     by_x = (inner[:, 1:-1, 2:] - inner[:, 1:-1, :-2]) * longer / 2
-    columns = torch.stack([-by_y, -by_x, -(by_y * (y - down) + by_x * (x - right)),
-                           by_x * (y - down) - by_y * (x - right), torch.ones_like(warped),
-                           warped - warped.mean((1, 2), keepdim=True)], dim=-1)
-    columns, away = columns.flatten(1, 2), (image - warped).flatten(1)
+    columns = torch.stack([-by_y, -by_x, -(by_y * y + by_x * x), by_x * y - by_y * x, torch.ones_like(warped),
+                           warped - warped.mean((1, 2), keepdim=True)], dim=-1).flatten(1, 2)  # (B, pixels, 6)
+    away = (image - warped).flatten(1)
     away = away - away.median(1, keepdim=True).values
-    weight = 1 / (1 + (away / (3 * away.abs().median(1, keepdim=True).values + 0.01)) ** 2)
+    weight = 1 / (1 + (away / (OUTLIERS_FROM * away.abs().median(1, keepdim=True).values + LEAST_TONE)) ** 2)
     normal = columns.transpose(1, 2) @ (weight[..., None] * columns)
     ridge = DAMPING * normal.diagonal(dim1=1, dim2=2)[:, :4].mean(1) + LEAST_DAMPING
     normal = normal + ridge[:, None, None] * torch.eye(6, device=image.device)
-    step = torch.linalg.solve(normal, (columns.transpose(1, 2) @ (weight * away)[..., None]))[:, :4, 0]
-    return step.clamp(-0.1, 0.1)
+    step = torch.linalg.solve(normal, columns.transpose(1, 2) @ (weight * away)[..., None])[:, :4, 0]
+    return step.clamp(-LARGEST_STEP, LARGEST_STEP)
+
+
+def _warped(template: Float[Tensor, "c i j"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c i j"]:
+    """The template as it lies in each pose, the border repeated."""
+    height, width = template.shape[-2:]
+    down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
+    y, x = _places(template)
+    cos, sin = angle.cos() / scale.exp(), angle.sin() / scale.exp()
+    from_y, from_x = (y - down) * cos - (x - right) * sin, (y - down) * sin + (x - right) * cos
+    where = torch.stack([2 * max(height, width) * from_x / width, 2 * max(height, width) * from_y / height], dim=-1)
+    return F.grid_sample(template.expand(len(pose), -1, -1, -1), where, mode="bilinear", padding_mode="border",
+                         align_corners=False)
+
+
+def _places(template: Float[Tensor, "*c i j"]) -> tuple[Float[Tensor, "i j"], Float[Tensor, "i j"]]:
+    """Down and right of each pixel from the middle of the picture, in longer sides."""
+    height, width = template.shape[-2:]
+    rows, cols = ((torch.arange(side, device=template.device) - (side - 1) / 2) / max(height, width)
+                  for side in (height, width))
+    down, right = torch.meshgrid(rows, cols, indexing="ij")
+    return down, right
 
 
 def _typical(found: Float[Tensor, "n q"]) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:

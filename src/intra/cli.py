@@ -166,13 +166,15 @@ def predict(
         def show(verdict: FileVerdict, done: int, total: int) -> None:
             nonlocal num_anomalous
             step(done, total)
+            setup = f"  SETUP: {verdict.prediction.setup_reason}" if verdict.prediction and (
+                verdict.prediction.setup_alarm) else ""
             if verdict.prediction is None:
                 say(console, f"not inspected  {verdict.error}", style="yellow")
             elif verdict.prediction.is_anomalous:
                 num_anomalous += 1
-                say(console, f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}", style="red")
+                say(console, f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}{setup}", style="red")
             else:
-                say(console, f"good    {verdict.prediction.score:.4g}  {verdict.path}")
+                say(console, f"good    {verdict.prediction.score:.4g}  {verdict.path}{setup}")
 
         unreadable = predict_files(detector, images, out, save_images=save_images, on_verdict=show)
     console.print(f"{num_anomalous} anomalous (score above {detector.threshold:.4g}: {detector.calibration.promise})",
@@ -353,6 +355,52 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
             raise InTraError(f"--set {setting!r} has no '='; write --set KEY=VALUE, e.g. --set train.batch_size=16")
         pairs[key.strip()] = value
     return pairs
+
+
+@app.command(epilog="Example: `intra audit photos/bottle --out audits/bottle`")
+def audit(
+    data: DataArgument, out: OutOption, normal: NormalOption = None,
+    top: Annotated[int, typer.Option(help="How many photos to list and to show.")] = 20,
+) -> None:
+    """Rank good photos by how little they look like the others, before any training: DIR/audit.html, audit.json."""
+    from intra.data.folder import find_categories
+    from intra.evaluation.audit import audit_category
+
+    categories, console = find_categories(data, normal=normal), make_console()
+    for category in categories:
+        folder = out / category.name if len(categories) > 1 else out
+        with bar(f"auditing {category.name}", unit="photos/s") as step:
+            found = audit_category(category, out=folder, top=top, on_progress=step)
+        say(console, f"{category.name}: of {found['num_photos']} good photos these look least like the others; 9 of "
+                     f"10 score below {found['usual_score']:.4g}")
+        for row in found["photos"][:top]:
+            say(console, f"{row['rank']:4}  {row['score']:.4g}  {category.root / row['path']}")
+        say(console, f"wrote {folder / 'audit.html'}")
+
+
+@app.command(epilog="Example: `intra calibrate runs/bottle good_photos --out runs/bottle_june`")
+def calibrate(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(
+        metavar="IMAGE_OR_FOLDER...", help="New photos of good parts, none that the model was trained on.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE_OR_RUN", help="The model file, or the folder, to write.")],
+    device: DeviceOption = "auto",
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Set a model's threshold by new good photos, without training. The stored model stays as it is."""
+    from intra.inspection.recalibration import calibrate as recalibrated
+
+    with bar("inspecting", unit="images/s") as step:
+        found = recalibrated(run, images, out=out, false_reject_rate=false_reject_rate, device=device, on_progress=step)
+    console = make_console()
+    for path, first in found.duplicates:
+        say(console, f"left out: {path}: the same picture as {first}", style="yellow")
+    if found.setup_alarms:
+        listed = ", ".join(f"{reason} ({count})" for reason, count in found.setup_alarms.most_common())
+        say(console, f"{found.setup_alarms.total()} of {found.threshold.num_images} raise the model's setup alarm: "
+                     f"{listed}; if that is how photos are now, consider training anew", style="yellow")
+    say(console, f"threshold {found.threshold.value:.4g}, {found.threshold.promise}")
+    say(console, f"wrote {found.model_path}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 13
     assert all(line.startswith(HANDLED) for line in COMMANDS)
 
 
@@ -36,6 +36,7 @@ def desk(photos, tmp_path_factory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     shutil.copytree(photos / "gear", desk / "photos" / "bottle")
     shutil.copytree(photos / "gear" / "test" / "dent", desk / "new_photos")
+    shutil.copytree(photos / "gear" / "test" / "good", desk / "good_photos")
     return desk
 
 
@@ -67,6 +68,8 @@ def test_the_commands_for_ones_own_photos(desk):
             run(command.replace("--minutes 15", SHORT) + ending, desk)
     assert (desk / "results/bottle/report.html").exists()
     assert (desk / "verdicts/predictions.jsonl").exists()
+    assert (desk / "audits/bottle/audit.html").exists()
+    assert (desk / "runs/bottle_june/model.safetensors").exists()
     assert list((desk / "verdicts/images").glob("*_repaired.png"))
     assert len((desk / "verdicts.csv").read_text().splitlines()) == 1 + len(list((desk / "new_photos").iterdir()))
 

@@ -27,7 +27,8 @@ from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
 from intra.inspection.device import in_chunks, pick_device, uses_bf16
-from intra.inspection.distribution import PatchMoments
+from intra.inspection.distribution import PatchDistribution, PatchMoments
+from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.models import InTra, build
 from intra.provenance import code_sha256
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
@@ -317,25 +318,55 @@ def _calibrated(
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
     moments = PatchMoments(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
                            cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
+    trained_on, held_out, unseen = _examined(model, config, training, validation, kinds, moments, on_calibration)
+
+    def fitted(places: list[int]) -> PatchDistribution | None:
+        """The distribution, held against the held-out images at these places."""
+        return moments.fitted_to([each[..., places] for each in unseen]) if moments else None
+
+    def evidence(distribution: PatchDistribution | None) -> Tensor:
+        """Of the held-out images; the distribution's as the last."""
+        if distribution is None:
+            return held_out
+        found = distribution.evidence_of(unseen, config.model.image_size).cpu()
+        return torch.cat([held_out, found[:, None]], dim=1)
+
+    distribution = fitted(list(range(len(held_out))))
+    reference, scores = calibrate(evidence(distribution), trained_on if scoring.reference == "training" else None,
+                                  kinds=kinds, scoring=scoring,
+                                  refit=(lambda places: evidence(fitted(places))) if moments else None)
+    everything = torch.cat([training, validation])  # the network has no part in it: all good images count
+    setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
+    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
+                    distribution=distribution, setup=setup, device=str(device))
+
+
+def _examined(
+    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    kinds: Sequence[Evidence], moments: PatchMoments | None, on_calibration: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The evidence of training and of held-out images without the distribution's; and the held-out ones' features at
+    each scale, the training images' being added to the moments.
+    """
+    scoring = config.scoring
     learns = moments is not None or scoring.reference == "training"
     count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
     total = count + len(validation)
     inspected = partial(_inspected, model, config, kinds, on_calibration)
-    trained_on = []
+    trained_on: list[Tensor] = []
+    held_out: list[Tensor] = []
+    features: list[list[Tensor]] = []
     for photos, repaired, evidence in inspected(training[chosen.to(training.device)], 0, total):
         trained_on.append(evidence.cpu())
         if moments:
             moments.add(photos, repaired)
-    held_out = list(inspected(validation, count, total))
-    distribution = moments.fitted([(photos, repaired) for photos, repaired, _ in held_out]) if moments else None
-    unseen = torch.cat([
-        torch.cat([evidence, distribution.evidence(photos, repaired)[:, None]], dim=1) if distribution else evidence
-        for photos, repaired, evidence in held_out]).cpu()
-    reference, scores = calibrate(unseen, torch.cat(trained_on) if scoring.reference == "training" else None,
-                                  kinds=kinds, scoring=scoring)
-    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                    distribution=distribution, device=str(device))
+    for photos, repaired, evidence in inspected(validation, count, total):
+        held_out.append(evidence.cpu())
+        if moments:
+            features.append(moments.features(photos, repaired))
+    unseen = [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
+    return torch.cat([held_out[0][:0], *trained_on]), torch.cat(held_out), unseen
 
 
 def _inspected(

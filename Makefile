@@ -18,7 +18,7 @@ test: $(VENV)/.dev chromium
 
 # The tests of the page need a browser: on a fresh Debian it is installed; elsewhere they are skipped without one.
 chromium:
-	@command -v chromium chromium-browser google-chrome >/dev/null || [ "$$(id -u)" != 0 ] || \
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
 		! command -v apt-get >/dev/null || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 			>/dev/null 2>&1 || echo "chromium could not be installed; the tests of the page are skipped"

@@ -21,7 +21,7 @@ from intra.similarity import box_blur
 __all__ = ["LEAST_GOOD", "Setup", "SetupCheck", "measurements"]
 
 ALARM_RATE = 0.01  # of good photos, that raise the alarm
-LEAST_THRESHOLD = 2.0  # in spreads, which are at least what nobody would call a change
+LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a change
 NUM_FOLDS = 10
 LEAST_GOOD = 10  # photos: the spread of fewer says little
 MEAN_SIDE = 64  # px: the longer side of the mean photo
@@ -51,7 +51,7 @@ class SetupCheck:
     score: float  # how far the oddest measurement lies from good photos, in their spreads
     p_value: float  # (1 + good photos as far away) / (1 + good photos)
     alarm: bool
-    reason: str  # "" without an alarm, else what has changed most, in a word
+    reason: str  # "" without an alarm, else what has changed, in a word
 
 
 @dataclass(frozen=True)
@@ -102,24 +102,28 @@ class Setup:
         return [self._verdict(one, threshold) for one in away.cpu()]
 
     def _verdict(self, away: Float[Tensor, " q"], threshold: float) -> SetupCheck:
-        oddest = int(away.abs().argmax())
-        score = float(away[oddest].abs())
-        reason = self._reason(away, oddest) if score > threshold else ""
+        score = float(away.abs().max())
+        reason = self._reason(away, threshold) if score > threshold else ""
         return SetupCheck(score, p_value(score, self.scores), score > threshold, reason)
 
-    def _reason(self, away: Float[Tensor, " q"], oddest: int) -> str:
+    def _reason(self, away: Float[Tensor, " q"], threshold: float) -> str:
+        """The first cause that shows: a part that lies elsewhere also looks darker or blurred somewhere, and a lamp may
+        blur, but not the other way round.
+        """
+        num_tones = len(away) - NUM_SHARPNESS - len(POSES)
+        tones, sharpness, pose = away.split([num_tones, NUM_SHARPNESS, len(POSES)])
+        if pose.abs().max() > threshold:
+            oddest = int(pose.abs().argmax())
+            return POSES[oddest][0 if pose[oddest] > 0 else 1]
+        if tones.abs().max() <= threshold:
+            return "sharper" if sharpness[sharpness.abs().argmax()] > 0 else "blurred"
         channels = len(self.mean)
-        num_tones = CLASSES * channels
-        is_up = bool(away[oddest] > 0)
-        if oddest < num_tones:
-            change = (away * self.spread.cpu())[oddest // channels * channels :][:channels]  # of that class
-            most = change[change.abs().argmax()]
-            if float((change / most).min()) < TINTED_BELOW:
-                return "another colour"
-            return "brighter" if is_up else "darker"
-        if oddest < num_tones + NUM_SHARPNESS:
-            return "sharper" if is_up else "blurred"
-        return POSES[oddest - num_tones - NUM_SHARPNESS][0 if is_up else 1]
+        of_class = int(tones.abs().argmax()) // channels * channels
+        change = (tones * self.spread.cpu()[:num_tones])[of_class:][:channels]
+        most = change[change.abs().argmax()]
+        if float((change / most).min()) < TINTED_BELOW:
+            return "another colour"
+        return "brighter" if most > 0 else "darker"
 
 
 def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:

@@ -102,7 +102,8 @@ def test_uint8_is_float(setup: Setup) -> None:
         Setup.of(photos[:9])
     assert setup.fits((SIDE, SIDE), 3)
     assert not setup.fits((SIDE, 2 * SIDE), 3)
-    assert not dataclasses.replace(setup, centre=setup.centre[1:]).fits((SIDE, SIDE), 3)
+    assert not setup.fits((SIDE, SIDE), 1)
+    assert not dataclasses.replace(setup, centre=setup.centre[1:], spread=setup.spread[1:]).fits((SIDE, SIDE), 3)
 
 
 @pytest.mark.parametrize("photos", [

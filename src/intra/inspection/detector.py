@@ -70,7 +70,7 @@ class Prediction:
     # Of good images that were not trained on, the share that scores as high, this one counted in: small is unusual.
     p_value: float = 1.0
     setup_alarm: bool = False  # the whole picture is not as good ones are: light, focus or pose has changed
-    setup_reason: str = ""  # what has changed most, in a word; "" without an alarm
+    setup_reason: str = ""  # what has changed, in a word; "" without an alarm
 
 
 class Detector:

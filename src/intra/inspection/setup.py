@@ -21,12 +21,14 @@ from intra.similarity import box_blur
 __all__ = ["LEAST_GOOD", "Setup", "SetupCheck", "measurements"]
 
 ALARM_RATE = 0.01  # of good photos, that raise the alarm
+LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a change
 NUM_FOLDS = 10
 LEAST_GOOD = 10  # photos: the spread of fewer says little
 MEAN_SIDE = 64  # px: the longer side of the mean photo
 CLASSES = 4  # of brightness: a gamma moves the dark, an exposure the bright
-ENERGY_GRID = (32, 32)  # cells, over which sharpness is a quantile
-SHARPNESS_QUANTILES = (0.5, 0.9)  # of cells: texture, edges
+ENERGY_GRID = (32, 32)  # cells, over which sharpness is a median
+EDGE_SHARE = 4  # one of so many cells has edges
+NUM_SHARPNESS = 2
 ENERGY_FLOOR = 0.0005  # of pixels in [0, 1]: below the noise of 8 bits
 LEVELS = (16, 32, 64)  # px: the longer side at which the pose is sought, coarse to fine
 STEPS = 4  # of Gauss and Newton at each
@@ -49,7 +51,7 @@ class SetupCheck:
     score: float  # how far the oddest measurement lies from good photos, in their spreads
     p_value: float  # (1 + good photos as far away) / (1 + good photos)
     alarm: bool
-    reason: str  # "" without an alarm, else what has changed most, in a word
+    reason: str  # "" without an alarm, else what has changed, in a word
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Setup:
     @property
     def threshold(self) -> float:
         """A photo raises the alarm if its score is above."""
-        return choose_threshold(self.scores, ALARM_RATE).value
+        return max(LEAST_THRESHOLD, choose_threshold(self.scores, ALARM_RATE).value)
 
     def to(self, device: torch.device) -> "Setup":
         """The same on a device."""
@@ -100,24 +102,28 @@ class Setup:
         return [self._verdict(one, threshold) for one in away.cpu()]
 
     def _verdict(self, away: Float[Tensor, " q"], threshold: float) -> SetupCheck:
-        oddest = int(away.abs().argmax())
-        score = float(away[oddest].abs())
-        reason = self._reason(away, oddest) if score > threshold else ""
+        score = float(away.abs().max())
+        reason = self._reason(away, threshold) if score > threshold else ""
         return SetupCheck(score, p_value(score, self.scores), score > threshold, reason)
 
-    def _reason(self, away: Float[Tensor, " q"], oddest: int) -> str:
+    def _reason(self, away: Float[Tensor, " q"], threshold: float) -> str:
+        """The first cause that shows: a part that lies elsewhere also looks darker or blurred somewhere, and a lamp may
+        blur, but not the other way round.
+        """
+        num_tones = len(away) - NUM_SHARPNESS - len(POSES)
+        tones, sharpness, pose = away.split([num_tones, NUM_SHARPNESS, len(POSES)])
+        if pose.abs().max() > threshold:
+            oddest = int(pose.abs().argmax())
+            return POSES[oddest][0 if pose[oddest] > 0 else 1]
+        if tones.abs().max() <= threshold:
+            return "sharper" if sharpness[sharpness.abs().argmax()] > 0 else "blurred"
         channels = len(self.mean)
-        num_tones = CLASSES * channels
-        is_up = bool(away[oddest] > 0)
-        if oddest < num_tones:
-            change = (away * self.spread.cpu())[oddest // channels * channels :][:channels]  # of that class
-            most = change[change.abs().argmax()]
-            if float((change / most).min()) < TINTED_BELOW:
-                return "another colour"
-            return "brighter" if is_up else "darker"
-        if oddest < num_tones + len(SHARPNESS_QUANTILES):
-            return "sharper" if is_up else "blurred"
-        return POSES[oddest - num_tones - len(SHARPNESS_QUANTILES)][0 if is_up else 1]
+        of_class = int(tones.abs().argmax()) // channels * channels
+        change = (tones * self.spread.cpu()[:num_tones])[of_class:][:channels]
+        most = change[change.abs().argmax()]
+        if float((change / most).min()) < TINTED_BELOW:
+            return "another colour"
+        return "brighter" if most > 0 else "darker"
 
 
 def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
@@ -132,7 +138,7 @@ def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
 
 
 def _num_measurements(channels: int) -> int:
-    return CLASSES * channels + len(SHARPNESS_QUANTILES) + len(POSES)
+    return CLASSES * channels + NUM_SHARPNESS + len(POSES)
 
 
 def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -151,17 +157,17 @@ def _tones(small: Float[Tensor, "b c i j"], mean: Float[Tensor, "b c i j"]) -> F
     return torch.cat([(part if part.shape[2] else change).median(dim=2).values for part in classes], dim=1)
 
 
-def _sharpness(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b q"]:
-    """Log energy of fine detail over that of coarser detail, in typical cells and in those with edges. Light scales
-    both alike.
+def _sharpness(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2"]:
+    """Log energy of fine detail over that of coarser detail, of the median cell and of the median one with edges. Light
+    scales both alike, and a defect changes few cells.
     """
     grey = photos.mean(1)
     smooth, smoother = box_blur(grey, 3), box_blur(grey, 9)
-    fine, coarse = ((each.abs() + ENERGY_FLOOR) for each in (grey - smooth, smooth - smoother))
-    cells = [F.adaptive_avg_pool2d(each[:, None], ENERGY_GRID).flatten(1) for each in (fine, coarse)]
-    at = torch.tensor(SHARPNESS_QUANTILES, device=photos.device)
-    fine, coarse = (each.quantile(at, dim=1).log() for each in cells)
-    return (fine - coarse).T
+    fine, coarse = (F.adaptive_avg_pool2d(each.abs()[:, None] + ENERGY_FLOOR, ENERGY_GRID).flatten(1).log()
+                    for each in (grey - smooth, smooth - smoother))  # (B, cells) each
+    edges = coarse.topk(coarse.shape[1] // EDGE_SHARE, dim=1).indices
+    ratios = fine - coarse
+    return torch.stack([ratios.median(1).values, ratios.gather(1, edges).median(1).values], dim=1)
 
 
 def _poses(photos: Float[Tensor, "b i j"], mean: Float[Tensor, "i j"]) -> Float[Tensor, "b 4"]:
@@ -224,6 +230,6 @@ def _typical(found: Float[Tensor, "n q"]) -> tuple[Float[Tensor, " q"], Float[Te
     """Median and spread of each measurement; a few odd photos do not widen it."""
     centre = found.median(0).values
     spread = 1.4826 * (found - centre).abs().median(0).values  # as a standard deviation, of normal values
-    num_tones = found.shape[1] - len(SHARPNESS_QUANTILES) - len(POSES)
-    least: Sequence[float] = (*[LEAST_TONE] * num_tones, *[LEAST_SHARPNESS] * len(SHARPNESS_QUANTILES), *LEAST_POSE)
+    num_tones = found.shape[1] - NUM_SHARPNESS - len(POSES)
+    least: Sequence[float] = (*[LEAST_TONE] * num_tones, *[LEAST_SHARPNESS] * NUM_SHARPNESS, *LEAST_POSE)
     return centre, (spread**2 + spread.new_tensor(least) ** 2).sqrt()

@@ -215,7 +215,7 @@ def serve(
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 100,
+    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 60,
     device: DeviceOption = "auto",
 ) -> None:
     """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""

@@ -368,8 +368,9 @@ def _models(folder: Path) -> dict[str, bytes]:
     import torch
 
     from intra.config import preset
-    from intra.inspection.anomaly import Reference
+    from intra.inspection.anomaly import Reference, evidence_kinds
     from intra.inspection.detector import Detector
+    from intra.inspection.distribution import PatchMoments
     from intra.models import build
     from intra.training.checkpoint import Progress, save_checkpoint
 
@@ -377,8 +378,13 @@ def _models(folder: Path) -> dict[str, bytes]:
     config = replace(config, model=replace(config.model, grid=(3, 3), channels=3))
     torch.manual_seed(0)
     model = build(config.model)
-    reference = Reference(torch.rand(2, 24, 24), torch.rand(24, 24) + 0.1)
-    Detector(model, config, reference=reference, held_out_scores=[0.5, 1.5, 2.5], device="cpu",
+    kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
+    reference = Reference(torch.rand(len(kinds), 24, 24), None, torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
+    photos = torch.rand(4, 3, 24, 24)
+    moments = PatchMoments(photos, scales=config.scoring.distribution_scales,
+                           num_filters=config.scoring.num_filters, cell_size=config.scoring.cell_size, seed=0)
+    moments.add(photos, photos)
+    Detector(model, config, reference=reference, distribution=moments.fitted([(photos, photos)]), held_out_scores=[0.5, 1.5, 2.5], device="cpu",
              provenance={"seed": 0, "training_images": {"a.png": "0" * 64}, "pretrained_weights": None}
              ).save(folder / "model")  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters())

@@ -139,8 +139,8 @@ class TestVanishedFiles:
 
         shutil.copytree(photos / "gear" / "test" / "good", tmp_path / "new")
         first = min((tmp_path / "new").iterdir())
-        listed = predict.list_images(tmp_path / "new", recursive=True)
-        monkeypatch.setattr(predict, "list_images", lambda folder, recursive: listed)
+        listed = predict.image_files([tmp_path / "new"])
+        monkeypatch.setattr(predict, "image_files", lambda images: listed)
         first.unlink()
         assert predict_files(Detector.load(run.path), [tmp_path / "new"], tmp_path / "out") == [first]
         rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]

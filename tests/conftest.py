@@ -18,7 +18,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The lattice variant, small enough to learn 64 px photos in seconds.
 TINY = {
     "model.patch_size": "8", "model.embed_dim": "48", "model.depth": "3", "model.num_heads": "4",
-    "model.segmenter_width": "4",
+    "model.segmenter_width": "4", "model.mean_start": "off",
     "train.precision": "fp32", "scoring.precision": "fp32", "scoring.blur_size": "7", "scoring.scales": "1,2",
 }  # fmt: skip
 

@@ -58,6 +58,8 @@ class ThresholdAnswer(BaseModel):
     false_reject_rate: float = Field(description="the promised mean share of good parts that are rejected")
     asked_rate: float
     num_images: int = Field(description="good photos, not trained on, from which it was taken")
+    lowest_rate: float = Field(description="with highest_rate: where the share lies for 9 of 10 such sets of photos")
+    highest_rate: float
     promise: str = Field(description="one sentence for people")
 
 

@@ -384,7 +384,8 @@ def _models(folder: Path) -> dict[str, bytes]:
     moments = PatchMoments(photos, scales=config.scoring.distribution_scales,
                            num_filters=config.scoring.num_filters, cell_size=config.scoring.cell_size, seed=0)
     moments.add(photos, photos)
-    Detector(model, config, reference=reference, distribution=moments.fitted([(photos, photos)]), held_out_scores=[0.5, 1.5, 2.5], device="cpu",
+    Detector(model, config, reference=reference, distribution=moments.fitted([(photos, photos)]),
+             held_out_scores=[0.5, 1.5, 2.5], device="cpu",
              provenance={"seed": 0, "training_images": {"a.png": "0" * 64}, "pretrained_weights": None}
              ).save(folder / "model")  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters())

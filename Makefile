@@ -8,13 +8,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean chromium
 
 demo: $(VENV)/.core
 	$(BIN)/intra demo --out demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev chromium
 	$(BIN)/python -m pytest
+
+# The tests of the page need a browser: on a fresh Debian it is installed; elsewhere they are skipped without one.
+chromium:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		! command -v apt-get >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+			>/dev/null 2>&1 || echo "chromium could not be installed; the tests of the page are skipped"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

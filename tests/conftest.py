@@ -1,6 +1,10 @@
 """Fixtures that several tests share: small photos, and a model that was really trained on them."""
 
-from collections.abc import Callable
+import os
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 # The lattice variant, small enough to learn 64 px photos in seconds.
 TINY = {
     "model.patch_size": "8", "model.embed_dim": "48", "model.depth": "3", "model.num_heads": "4",
-    "model.segmenter_width": "4",
+    "model.segmenter_width": "4", "model.mean_start": "off",
     "train.precision": "fp32", "scoring.precision": "fp32", "scoring.blur_size": "7", "scoring.scales": "1,2",
 }  # fmt: skip
 
@@ -30,6 +34,33 @@ def descend(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], *, step
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@contextmanager
+def no_larger_file_than(size_bytes: int) -> Iterator[None]:
+    """Every write beyond fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def read_only_folder() -> Iterator[Path]:
+    """A folder in which this process may not write; as root it becomes nobody meanwhile."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            Path(name).chmod(0o755)
 
 
 @pytest.fixture(scope="session")

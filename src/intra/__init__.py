@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from intra.config import Config, preset
     from intra.data.folder import check_data
     from intra.deploy.export import export
+    from intra.evaluation.audit import audit
     from intra.evaluation.benchmark import benchmark
     from intra.evaluation.evaluate import evaluate
     from intra.inspection.detector import Defect, Detector, Prediction
+    from intra.inspection.recalibration import calibrate
     from intra.training.run import Run, train
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Defect", "Detector", "InTraError", "Prediction", "Run", "benchmark", "check_data", "evaluate",
-           "export", "preset", "train"]
+__all__ = ["Config", "Defect", "Detector", "InTraError", "Prediction", "Run", "audit", "benchmark", "calibrate",
+           "check_data", "evaluate", "export", "preset", "train"]
 
 _HOME = {
     "Config": "intra.config",
     "preset": "intra.config",
+    "audit": "intra.evaluation.audit",
     "benchmark": "intra.evaluation.benchmark",
+    "calibrate": "intra.inspection.recalibration",
     "check_data": "intra.data.folder",
     "evaluate": "intra.evaluation.evaluate",
     "export": "intra.deploy.export",

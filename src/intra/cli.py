@@ -1,22 +1,36 @@
 """The command line: parses, calls one function, prints."""
 
-import math
+import os
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from intra import cli_export, cli_watch
 from intra.errors import InTraError
+from intra.terminal import (
+    AnomalousOption,
+    DataArgument,
+    DeviceOption,
+    MasksOption,
+    NormalOption,
+    OutOption,
+    RateOption,
+    RunArgument,
+    ThresholdOption,
+    bar,
+    cells_bar,
+    loss_text,
+    make_console,
+    say,
+    say_error,
+    training_bar,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from intra.data.folder import Category, Summary
-    from intra.evaluation.benchmark import Event
-    from intra.training.engine import Report
 
 __all__ = ["app", "main"]
 
@@ -28,34 +42,16 @@ app = typer.Typer(
     epilog="Start with `intra demo`, or with `intra check-data PHOTOS` and `intra train PHOTOS --out RUN`.",
 )  # fmt: skip
 
-DataArgument = Annotated[Path, typer.Argument(
-    metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
-                         "plain folder of photos of good parts.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
-RunArgument = Annotated[Path, typer.Argument(
-    metavar="RUN", help="The folder that `intra train` wrote, a model file, or an exported model.")]
-NormalOption = Annotated[Path | None, typer.Option(
-    metavar="DIR", help="Photos of good parts, where DATA is no category; below DATA or anywhere.")]
-AnomalousOption = Annotated[Path | None, typer.Option(
-    metavar="DIR", help="Photos of defective parts, where DATA is no category.")]
-MasksOption = Annotated[Path | None, typer.Option(
-    metavar="DIR", help="Masks NAME_mask.png of the defective parts, where DATA is no category.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-ThresholdOption = Annotated[float | None, typer.Option(help="Replaces the model's threshold; no training is needed.")]
-RateOption = Annotated[float | None, typer.Option(
-    "--false-reject-rate", metavar="SHARE",
-    help="The share of good parts that may be rejected, e.g. 0.01; moves the threshold, no training is needed.")]
-
 
 def main() -> None:
     """The entry point: exit 0 done, 2 a mistake of the user, 1 anything else."""
     try:
         app(standalone_mode=True)
     except InTraError as error:
-        _say_error(str(error))
+        say_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        _say_error("stopped")
+        say_error("stopped")
         sys.exit(1)
 
 
@@ -77,14 +73,14 @@ def check_data(
     """Tell what will be used for what, and list every unreadable, duplicate or odd file. Exit 2 if there are errors."""
     from intra.data.folder import check_data as check
 
-    with _bar("checking", unit="files/s") as step:
+    with bar("checking", unit="files/s") as step:
         report = check(data, normal=normal, anomalous=anomalous, masks=masks, on_progress=step)
-    console = _console()
+    console = make_console()
     for category in report.categories:
         _print_category(category, report.summaries[category.name])
     for problem in report.problems:
-        console.print(f"{problem.severity}: {problem.path}: {problem.message}", highlight=False, markup=False,
-                      style="red" if problem.severity == "error" else "yellow", soft_wrap=True)
+        say(console, f"{problem.severity}: {problem.path}: {problem.message}",
+            style="red" if problem.severity == "error" else "yellow")
     num_errors = sum(problem.severity == "error" for problem in report.problems)
     console.print(f"{num_errors} error(s), {len(report.problems) - num_errors} warning(s)", highlight=False)
     if not report.ok:
@@ -163,69 +159,63 @@ def predict(
     from intra.inspection.detector import Detector
 
     detector = Detector.load(run, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
-    console = _console()
+    console = make_console()
     num_anomalous = 0
-    with _bar("inspecting", unit="images/s") as step:
+    with bar("inspecting", unit="images/s") as step:
 
         def show(verdict: FileVerdict, done: int, total: int) -> None:
             nonlocal num_anomalous
             step(done, total)
+            setup = f"  SETUP: {verdict.prediction.setup_reason}" if verdict.prediction and (
+                verdict.prediction.setup_alarm) else ""
             if verdict.prediction is None:
-                console.print(f"not inspected  {verdict.error}", style="yellow", markup=False, soft_wrap=True)
+                say(console, f"not inspected  {verdict.error}", style="yellow")
             elif verdict.prediction.is_anomalous:
                 num_anomalous += 1
-                console.print(f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}", style="red", markup=False,
-                              soft_wrap=True)
+                say(console, f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}{setup}", style="red")
             else:
-                console.print(f"good    {verdict.prediction.score:.4g}  {verdict.path}", markup=False, highlight=False,
-                              soft_wrap=True)
+                say(console, f"good    {verdict.prediction.score:.4g}  {verdict.path}{setup}")
 
         unreadable = predict_files(detector, images, out, save_images=save_images, on_verdict=show)
     console.print(f"{num_anomalous} anomalous (score above {detector.threshold:.4g}: {detector.calibration.promise})",
                   highlight=False, markup=False)
-    console.print(f"wrote {out / 'predictions.jsonl'}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"wrote {out / 'predictions.jsonl'}")
     if unreadable:
         raise InTraError(f"{len(unreadable)} of the files could not be inspected, e.g. {unreadable[0]}; all are named "
                          f"in {out / 'predictions.jsonl'}")
 
 
-@app.command(epilog="Example: `intra export runs/bottle --format onnx --out bottle.onnx --data photos/bottle`")
-def export(
+@app.command(epilog="Example: `intra serve runs/bottle --port 8000`, then open http://127.0.0.1:8000")
+def serve(
     run: RunArgument,
-    file_format: Annotated[str, typer.Option("--format", metavar="onnx|openvino", help="What is to run it.")],
-    out: Annotated[Path, typer.Option(
-        "--out", metavar="FILE", help="Ends in .onnx, or for OpenVINO in .xml, beside which a .bin is written.")],
-    precision: Annotated[str, typer.Option(
-        metavar="fp32|fp16|int8", help="fp16 stores the networks' weights in half the bits; int8 computes their "
-                                       "products in 8 bits and needs --data.")] = "fp32",
-    data: Annotated[Path | None, typer.Option(
-        metavar="DATA", help="Photos on which the maps are compared, instead of built-in ones; a category with tests "
-                             "also gives the AUROC before and after.")] = None,
-    normal: NormalOption = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; any but a loopback one needs a token.")] = (
+        "127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Holds the token that every request must carry. Or set INTRA_TOKEN.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Photos that may wait; more clients are told to come back.")] = 64,
+    max_upload: Annotated[int, typer.Option(metavar="MIB", min=1, help="The largest upload.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="The largest photo.")] = 32,
+    device: DeviceOption = "auto",
+    threshold: ThresholdOption = None,
+    false_reject_rate: RateOption = None,
 ) -> None:  # fmt: skip
-    """Write a model for ONNX Runtime or OpenVINO, if its maps stay within a stated tolerance. Exit 1 if they do not."""
-    from intra.deploy.export import TOLERANCES, ParityError
-    from intra.deploy.export import export as write
+    """Inspect photos in a browser or over HTTP, until Ctrl-C."""
+    from intra.deploy.serve import serve as serve_run
+    from intra.deploy.serve.limits import MIB, Limits
 
-    try:
-        found = write(run, out, format=_one_of("--format", file_format, "onnx", "openvino"),
-                      precision=_one_of("--precision", precision, *TOLERANCES), data=data, normal=normal)
-    except ParityError as error:
-        _say_error(str(error))
-        raise typer.Exit(1) from None
-    console, checked = _console(), found.parity
-    console.print(f"{checked.num_photos} photos ({checked.photos}): maps differ by {checked.largest_difference:.1e} of "
-                  f"their range at most, {checked.mean_difference:.1e} on average", highlight=False, markup=False)
-    if checked.image_auroc is not None:
-        console.print(f"image AUROC on {checked.num_labelled} labelled photos: {checked.image_auroc:.4f}, before the "
-                      f"export {checked.image_auroc_before:.4f}", highlight=False, markup=False)
-    console.print(f"wrote {found.path} ({found.size_mib:.1f} MiB)", highlight=False, markup=False, soft_wrap=True)
+    limits = Limits(waiting=queue, body_bytes=max_upload * MIB, received_bytes=max(256, 4 * max_upload) * MIB,
+                    pixels=round(max_megapixels * 1e6))
+
+    serve_run(run, host=host, port=port, token=_token(token_file), limits=limits, device=device, threshold=threshold,
+              false_reject_rate=false_reject_rate,
+              on_ready=lambda address: say(make_console(), f"{address} inspects with {run}; Ctrl-C ends it"))
 
 
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 250,
+    steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 60,
     device: DeviceOption = "auto",
 ) -> None:
     """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""
@@ -233,7 +223,7 @@ def demo(
     from intra.data.folder import find_categories
     from intra.inspection.detector import Detector
 
-    console = _console()
+    console = make_console()
     console.print(f"making photos in {out / 'data'}", highlight=False, markup=False)
     make_demo(out / "data")
     found = []
@@ -272,13 +262,13 @@ def benchmark(
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise InTraError(f"--seeds is {seeds!r}; expected whole numbers such as 0,1,2")
     try:
-        with _cells_bar() as show:
+        with cells_bar() as show:
             found = measure(data, out=out, methods=methods or ["fast"], seeds=[int(seed) for seed in seeds.split(",")],
                             steps=steps, minutes=minutes, epochs=epochs, jobs=jobs, device=device, on_cell=show)
     except KeyboardInterrupt:
-        _say_error("stopped; the same command goes on")
+        say_error("stopped; the same command goes on")
         raise typer.Exit(1) from None
-    console = _console()
+    console = make_console()
     console.print(markdown(found.table), highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(found.done)} measured, {len(found.kept)} kept, {len(found.failed)} failed; wrote "
                   f"{out / 'table.md'}", highlight=False, markup=False, soft_wrap=True)
@@ -286,10 +276,14 @@ def benchmark(
         raise typer.Exit(1)
 
 
+cli_watch.add_to(app)
+cli_export.add_to(app)
+
+
 def _print_category(category: "Category", summary: "Summary") -> None:
     """What will be used for what."""
-    console = _console()
-    console.print(f"{category.name}  {category.root}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    console = make_console()
+    say(console, f"{category.name}  {category.root}", style="bold")
     tests = Counter(image.defect for image in category.test)
     masks = sum(image.mask is not None for image in category.test)
     lines = [f"{len(category.train)} good images to train on"]
@@ -309,12 +303,12 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     """Trains with a progress bar; returns whether it was interrupted."""
     from intra.training.run import train as train_category
 
-    console = _console()
-    with _training_bar(category.name) as (show, show_calibration):
+    console = make_console()
+    with training_bar(category.name) as (show, show_calibration):
         run = train_category(category, folder, on_report=show, on_calibration=show_calibration, **options)
     state = "interrupted" if run.interrupted else "trained"
     console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
-                  f"validation loss {_loss(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),
+                  f"validation loss {loss_text(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),
                   highlight=False, markup=False)
     console.print(f"wrote {run.model_path}", highlight=False, markup=False, soft_wrap=True)
     return run.interrupted
@@ -323,7 +317,7 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
 def _evaluate_one(detector: Any, category: "Category", folder: Path) -> dict[str, Any]:
     from intra.evaluation.evaluate import evaluate_category
 
-    with _bar(f"evaluating {category.name}", unit="images/s") as step:
+    with bar(f"evaluating {category.name}", unit="images/s") as step:
         return evaluate_category(detector, category, out=folder, on_progress=step)
 
 
@@ -335,7 +329,7 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
     table = Table("category", *(name.replace("_", " ") for name in names))
     for category, results, _ in found:
         table.add_row(category, *("–" if results[name] is None else f"{results[name]:.3f}" for name in names))
-    console = _console()
+    console = make_console()
     console.print(table)
     for _, results, folder in found:
         for name, reason in results.get("reasons", {}).items():
@@ -343,18 +337,15 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _one_of(option: str, value: str, *known: str) -> Any:
-    """The value, if it is one of these."""
-    if value in known:
-        return value
-    from intra.config import nearest
-
-    raise InTraError(f"{option} is {value!r}; expected {', '.join(known)}{nearest(value, known)}")
-
-
-def _loss(value: float) -> str:
-    """A loss for people; infinite means that nothing has been validated yet."""
-    return f"{value:.5f}" if math.isfinite(value) else "–"
+def _token(file: Path | None) -> str | None:
+    """The token of `intra serve`; never an option's value, which everybody on the machine could read."""
+    if file is None:
+        return os.environ.get("INTRA_TOKEN") or None
+    try:
+        return file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InTraError(f"cannot read the token in {file}: {getattr(error, 'strerror', None) or 'no ASCII'}"
+                         ) from error
 
 
 def _pairs(settings: list[str] | None) -> dict[str, str]:
@@ -367,79 +358,50 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def _console() -> Any:
-    from rich.console import Console
+@app.command(epilog="Example: `intra audit photos/bottle --out audits/bottle`")
+def audit(
+    data: DataArgument, out: OutOption, normal: NormalOption = None,
+    top: Annotated[int, typer.Option(help="How many photos to list and to show.")] = 20,
+) -> None:
+    """Rank good photos by how little they look like the others, before any training: DIR/audit.html, audit.json."""
+    from intra.data.folder import find_categories
+    from intra.evaluation.audit import audit_category
 
-    console = Console()
-    return console if console.is_terminal else Console(width=160)  # a file or a pipe has no width to break lines at
-
-
-def _say_error(message: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _bar(label: str, *, unit: str) -> "Iterator[Callable[..., None]]":
-    """A progress bar; yields a function that takes how many are done, and if known how many there are."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                  TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), transient=True) as progress:  # fmt: skip
-        task = progress.add_task(label, total=None, rate="")
-
-        def step(done: int, total: int | None = None) -> None:
-            progress.update(task, completed=done, total=total)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate=f"{speed:.1f} {unit}" if speed else "")
-
-        yield step
+    categories, console = find_categories(data, normal=normal), make_console()
+    for category in categories:
+        folder = out / category.name if len(categories) > 1 else out
+        with bar(f"auditing {category.name}", unit="photos/s") as step:
+            found = audit_category(category, out=folder, top=top, on_progress=step)
+        say(console, f"{category.name}: of {found['num_photos']} good photos these look least like the others; 9 of "
+                     f"10 score below {found['usual_score']:.4g}")
+        for row in found["photos"][:top]:
+            say(console, f"{row['rank']:4}  {row['score']:.4g}  {category.root / row['path']}")
+        say(console, f"wrote {folder / 'audit.html'}")
 
 
-@contextmanager
-def _cells_bar() -> "Iterator[Callable[[Event], None]]":
-    """A progress bar for each cell of a benchmark that runs; yields what shows an event. Ended ones get a line."""
-    from rich.progress import BarColumn, Progress, TextColumn
+@app.command(epilog="Example: `intra calibrate runs/bottle good_photos --out runs/bottle_june`")
+def calibrate(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(
+        metavar="IMAGE_OR_FOLDER...", help="New photos of good parts, none that the model was trained on.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE_OR_RUN", help="The model file, or the folder, to write.")],
+    device: DeviceOption = "auto",
+    false_reject_rate: RateOption = None,
+) -> None:  # fmt: skip
+    """Set a model's threshold by new good photos, without training. The stored model stays as it is."""
+    from intra.inspection.recalibration import calibrate as recalibrated
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False),
-                  transient=True) as progress:  # fmt: skip
-        tasks: dict[str, Any] = {}
-
-        def show(event: "Event") -> None:
-            if event.state == "running":
-                if event.cell not in tasks:
-                    tasks[event.cell] = progress.add_task(event.cell, total=1.0, text="")
-                progress.update(tasks[event.cell], completed=event.share, text=event.text)
-                return
-            if event.cell in tasks:
-                progress.remove_task(tasks.pop(event.cell))
-            progress.console.print(f"{event.num_ended}/{event.num_cells} {event.cell}: {event.state}  {event.text}",
-                                   style="red" if event.state == "failed" else None, highlight=False, markup=False,
-                                   soft_wrap=True)
-
-        yield show
-
-
-@contextmanager
-def _training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callable[[int, int], None]]]":
-    """A progress bar of training: loss, rate and time left; yields what shows training and what shows calibration."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-                  TextColumn("{task.fields[text]}"), transient=True) as progress:  # fmt: skip
-        task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
-
-        def show(report: "Report") -> None:
-            minutes, seconds = divmod(int(report.seconds_left), 60)
-            progress.update(task, completed=report.spent, text=(
-                f"step {report.step}  loss {report.train_loss:.4f}  best validation {_loss(report.validation_loss)}  "
-                f"{report.windows_per_s:.1f} {report.unit}  {minutes}:{seconds:02d} left"))
-
-        def show_calibration(done: int, total: int) -> None:
-            progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
-
-        yield show, show_calibration
+    with bar("inspecting", unit="images/s") as step:
+        found = recalibrated(run, images, out=out, false_reject_rate=false_reject_rate, device=device, on_progress=step)
+    console = make_console()
+    for path, first in found.duplicates:
+        say(console, f"left out: {path}: the same picture as {first}", style="yellow")
+    if found.setup_alarms:
+        listed = ", ".join(f"{reason} ({count})" for reason, count in found.setup_alarms.most_common())
+        say(console, f"{found.setup_alarms.total()} of {found.threshold.num_images} raise the model's setup alarm: "
+                     f"{listed}; if that is how photos are now, consider training anew", style="yellow")
+    say(console, f"threshold {found.threshold.value:.4g}, {found.threshold.promise}")
+    say(console, f"wrote {found.model_path}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class ModelConfig:
     long_residuals: bool = True
     readout: Literal["mean", "token"] = "mean"
     conditional_positions: bool = False  # a 3 x 3 convolution over the grid of tokens before each block
+    mean_start: bool = False  # inpaint what differs from the training images' mean, which training starts from
     latent_dim: int = 100  # autoencoder: values to which an image is reduced
     base_width: int = 64  # RIAD: channels of the U-Net's first block
     cell_sizes: tuple[int, ...] = (2, 4, 8, 16)  # RIAD: px, side of the cells that are hidden
@@ -353,18 +354,17 @@ def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
 
 
 # The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is
-# read out from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md. A segmenter beside it:
-# docs/decisions/0007-segmenter.md
+# read out from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md
 _FAST = Config(
     preset="fast",
     model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token",
-                      conditional_positions=True, segmenter_width=24),
+                      conditional_positions=True, mean_start=True),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
-        max_steps=2000, max_minutes=15.0, patience=None, gradient_clip=1.0,
+        max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0009-distribution.md; with difference_weight also 0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,
@@ -374,7 +374,7 @@ _FAST = Config(
 # `fast`, larger and longer: minutes on a GPU, a night on a CPU.
 _QUALITY = dataclasses.replace(
     _FAST, preset="quality",
-    model=dataclasses.replace(_FAST.model, embed_dim=384, depth=8, num_heads=8, segmenter_width=48),
+    model=dataclasses.replace(_FAST.model, embed_dim=384, depth=8, num_heads=8),
     train=dataclasses.replace(_FAST.train, batch_size=16, learning_rate=7e-4, max_steps=8000, max_minutes=None),
 )  # fmt: skip
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import TINY
 
 SETTINGS = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
-VERBS = ["check-data", "train", "evaluate", "predict", "demo", "benchmark", "export"]
+VERBS = ["check-data", "train", "evaluate", "predict", "demo", "benchmark", "watch", "record", "verify", "serve",
+         "audit", "calibrate", "export"]
 
 
 def intra(*words: object, code: int = 0) -> str:
@@ -103,7 +104,8 @@ def test_predict_files_and_folders(trained, photos, tmp_path):
           "--save-images")
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert {"path", "score", "is_anomalous", "threshold", "defects"} <= rows[0].keys()
+    assert {"path", "score", "p_value", "is_anomalous", "threshold", "setup_alarm", "setup_reason",
+            "defects"} <= rows[0].keys()
     for kind in ("overlay", "outline", "repaired", "mask"):
         with PIL.Image.open(tmp_path / "out" / "images" / f"part 0_{kind}.png") as picture:
             assert picture.size == (64, 64)

@@ -114,7 +114,7 @@ def test_an_image_without_a_mask_is_left_out_of_pixel_metrics(
 ) -> None:
     (copy / "ground_truth" / "hole" / "000_mask.png").unlink()
     partly = intra.evaluate(detector, copy, out=tmp_path / "partly")
-    assert partly["notes"] == ["1 of 8 anomalous images have no mask; the pixel figures leave them out."]
+    assert "1 of 8 anomalous images have no mask; the pixel figures leave them out." in partly["notes"]
     assert partly["num_test"] == 12
     (copy / "test" / "hole" / "000.png").unlink()
     without = intra.evaluate(detector, copy, out=tmp_path / "without")

@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 14
     assert all(line.startswith(HANDLED) for line in COMMANDS)
 
 
@@ -34,6 +36,7 @@ def desk(photos, tmp_path_factory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     shutil.copytree(photos / "gear", desk / "photos" / "bottle")
     shutil.copytree(photos / "gear" / "test" / "dent", desk / "new_photos")
+    shutil.copytree(photos / "gear" / "test" / "good", desk / "good_photos")
     return desk
 
 
@@ -45,14 +48,31 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
+def serve(command: str, folder: Path) -> None:
+    """The command that goes on until it is stopped: answers on a free port instead of its own, then ends."""
+    words = [sys.executable, "-m", "intra.cli", *command.split()[1:], "--port", "0"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{address}/health") as answer:
+            assert b"ok" in answer.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(100) == 0
+
+
 def test_the_commands_for_ones_own_photos(desk):
     for command in COMMANDS:
-        if command.startswith("intra "):
-            run(command.replace("--minutes 15", SHORT), desk)
+        if command.startswith("intra serve "):
+            serve(command, desk)
+        elif command.startswith("intra "):
+            ending = " --once --settle 0" if command.startswith("intra watch ") else ""
+            run(command.replace("--minutes 15", SHORT) + ending, desk)
     assert (desk / "bottle.onnx").exists()
     assert (desk / "results/bottle/report.html").exists()
     assert (desk / "verdicts/predictions.jsonl").exists()
+    assert (desk / "audits/bottle/audit.html").exists()
+    assert (desk / "runs/bottle_june/model.safetensors").exists()
     assert list((desk / "verdicts/images").glob("*_repaired.png"))
+    assert len((desk / "verdicts.csv").read_text().splitlines()) == 1 + len(list((desk / "new_photos").iterdir()))
 
 
 def test_the_python_lines(desk):

@@ -18,7 +18,7 @@ from intra.inspection.anomaly import (
     image_score,
     tails_of,
 )
-from intra.inspection.calibration import calibrate, choose_threshold, given_threshold
+from intra.inspection.calibration import calibrate, choose_threshold, given_threshold, p_value
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -185,3 +185,56 @@ def test_wrong_rates_are_refused(rate):
         choose_threshold([1.0], float(rate))
     with pytest.raises(InTraError, match="good images"):
         choose_threshold([], 0.01)
+
+
+def test_the_interval_is_that_of_order_statistics():
+    """Of 2,000 sets of scores 9 of 10 have a realised rate in the interval, known exactly as scores are uniform."""
+    rng = np.random.default_rng(0)
+    for count, rate in ((20, 0.01), (60, 0.05), (300, 0.02)):
+        thresholds = [choose_threshold(rng.random(count).tolist(), rate) for _ in range(2000)]
+        realised = np.array([1 - threshold.value for threshold in thresholds])
+        inside = (realised >= thresholds[0].lowest_rate) & (realised <= thresholds[0].highest_rate)
+        assert inside.mean() == pytest.approx(0.9, abs=0.025)
+        assert (realised > thresholds[0].highest_rate).mean() == pytest.approx(0.05, abs=0.02)
+
+
+def test_the_interval_of_a_threshold_of_ones_own_is_clopper_pearsons():
+    scores = [float(n) for n in range(20)]
+    chosen = given_threshold(scores, 17.5)  # 2 of 20; 0.018 to 0.283 in tables of 90 % intervals
+    assert (chosen.lowest_rate, chosen.highest_rate) == pytest.approx((0.0181, 0.2826), abs=1e-4)
+    assert given_threshold(scores, 99.0).lowest_rate == 0
+    assert given_threshold(scores, -1.0).highest_rate == 1
+
+
+def test_sixty_images_cannot_promise_a_thousandth():
+    said = choose_threshold([float(n) for n in range(60)], 0.001).promise
+    assert "0.10% was asked for, which takes at least 999 images" in said
+    assert "9 of 10 such sets of images between 0.09% and 4.87%" in said
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 9), st.floats(0.01, 0.9))
+def test_p_values_and_thresholds_agree(scores, score, rate):
+    """What lies above the threshold for a rate has a p-value of at most what it promises."""
+    threshold = choose_threshold([float(each) for each in scores], rate)
+    p = p_value(float(score), [float(each) for each in scores])
+    assert 1 / (len(scores) + 1) <= p <= 1
+    assert (score > threshold.value) <= (p <= threshold.false_reject_rate + 1e-9)
+
+
+def test_held_out_images_have_no_say_in_their_own_scores():
+    held_out, trained_on = rand(11, 3, 8, 8), rand(9, 2, 8, 8, seed=1)
+    asked: list[list[int]] = []
+
+    def refit(places: list[int]) -> torch.Tensor:
+        asked.append(places)
+        return held_out + len(asked)
+
+    _, scores = calibrate(held_out, trained_on, kinds=ALL_KINDS, scoring=SUMMED, refit=refit)
+    assert len(asked) == 5
+    assert all(sum(place not in places for places in asked) == 1 for place in range(11))
+    reference = Reference(torch.cat([trained_on.mean(0), torch.zeros(1, 8, 8)]), None)
+    others = (held_out + 1)[asked[0]]  # as the first fold sees them
+    tails = tails_of(others, reference, kinds=ALL_KINDS, scoring=SUMMED)
+    expected = image_score(anomaly_map(held_out[:1] + 1, dataclasses.replace(reference, tails=tails), kinds=ALL_KINDS,
+                                       scoring=SUMMED))
+    assert scores[0] == pytest.approx(expected.item(), rel=1e-4)

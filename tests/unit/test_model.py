@@ -172,3 +172,24 @@ def test_one_batch_is_overfitted(config):
     target = batch[0][batch[2]]
     losses = descend(model, lambda: F.mse_loss(model(*batch), target), steps=150, rate=2e-3)
     assert losses[-1] < 1e-3 < losses[0]
+
+
+def test_inpainting_starts_from_the_mean_image():
+    """Close to it before the first step, at every position, and each position's patch goes on learning."""
+    config = ModelConfig(grid=(3, 4), channels=1, patch_size=4, window_size=None, embed_dim=16, depth=2, num_heads=2,
+                         readout="token", mean_start=True)
+    torch.manual_seed(0)
+    network = build(config)
+    mean = torch.rand(12, 16)
+    network.start_from(mean)
+    hidden = torch.zeros(2, 12, dtype=torch.bool)
+    hidden[0, [1, 7]] = hidden[1, 11] = True
+    inpainted = network(torch.rand(2, 12, 16), torch.arange(12).expand(2, -1), hidden)
+    torch.testing.assert_close(inpainted, mean[[1, 7, 11]], atol=0.05, rtol=0)
+    inpainted.square().sum().backward()
+    moved = network.mean_patches.grad.abs().sum(1) > 0
+    assert moved.nonzero().flatten().tolist() == [1, 7, 11]
+
+
+def test_without_a_mean_start_the_network_is_the_papers():
+    assert build(ModelConfig(grid=(7, 7), embed_dim=16, depth=2, num_heads=2)).mean_patches is None

@@ -15,6 +15,7 @@ Pillow itself reduces 16-bit *colour*, and a PNG's 16-bit grey with alpha (then 
 of several channels, write each as a 16-bit grey page of one TIFF, or pass an array.
 """
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ from jaxtyping import Float, Float32, Shaped
 
 from intra.errors import InTraError
 
-__all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "pixels_of", "reasons", "shape_of"]
+__all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "opened_bytes", "pixels_of", "reasons",
+           "shape_of"]
 
 # Documents, vector graphics, films and data containers: no photos, and some of them start other programs when opened.
 _NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -39,7 +41,12 @@ _FORMATS = tuple(sorted(set(PIL.Image.OPEN) - _NO_PHOTOS))
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in (*_FORMATS, "MPO"))  # MPO is a JPEG
 """Suffixes, in small letters and with their dot, of the files that are taken for images."""
 
+# What a stranger may send: formats of cameras and scanners whose decoders hold to the size that the header states.
+_SENT_FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(_FORMATS))
+_MOST_PAGES = 64  # of a TIFF that is sent; counting millions of empty ones would take minutes
+
 _ORIENTATION = 0x0112  # EXIF tag
+_EMPTY = "the file is empty (0 bytes)"
 _TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 _log = logging.getLogger(__name__)
 
@@ -58,9 +65,23 @@ def opened(path: str | Path) -> Iterator[PIL.Image.Image]:
     with reasons(path):
         if not Path(path).is_file():  # opening anything but a regular file could wait for ever
             raise InTraError("it is a folder or a device" if Path(path).exists() else "there is no such file")
+        if Path(path).stat().st_size == 0:
+            raise InTraError(_EMPTY)
         # By its handle, not its path: Pillow maps an uncompressed file that it knows by its path, and then scrambles a
         # grey TIFF with a turning orientation (Pillow 13.0: it takes the turned size for the stored one).
         with Path(path).open("rb") as file, PIL.Image.open(file, formats=_FORMATS) as image:
+            yield image
+
+
+@contextmanager
+def opened_bytes(data: bytes, name: str) -> Iterator[PIL.Image.Image]:
+    """The opened content of a file that a stranger sent; as `opened`. `name` only stands in the message."""
+    with reasons(name):
+        if not data:
+            raise InTraError(_EMPTY)
+        with PIL.Image.open(io.BytesIO(data), formats=_SENT_FORMATS) as image:
+            if image.format == "TIFF":
+                _refuse_many_pages(image)
             yield image
 
 
@@ -71,7 +92,7 @@ def reasons(source: str | Path) -> Iterator[None]:
         with _pillow_warnings:
             yield
     except Exception as error:
-        raise UnreadableError(source, _reason(source, error)) from error
+        raise UnreadableError(source, _reason(error)) from error
 
 
 def shape_of(image: PIL.Image.Image) -> tuple[int, int, int, int]:
@@ -110,13 +131,23 @@ def checked_unit(values: Float[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*s
     return values.astype(np.float32, copy=False)
 
 
-def _reason(source: str | Path, error: Exception) -> str:
+def _refuse_many_pages(image: PIL.Image.Image) -> None:
+    """Raises InTraError for a TIFF of more than `_MOST_PAGES` pages, without counting them all."""
+    try:
+        for page in range(1, _MOST_PAGES + 1):  # one by one: a seek beyond the end spoils Pillow's count (13.0)
+            image.seek(page)
+    except EOFError:
+        image.seek(0)
+        return
+    raise InTraError(f"it has more than {_MOST_PAGES} pages")
+
+
+def _reason(error: Exception) -> str:
     """What is wrong, in the user's words."""
     if isinstance(error, InTraError):
         reason = str(error)
     elif isinstance(error, PIL.UnidentifiedImageError):
-        empty = Path(source).stat().st_size == 0
-        reason = "the file is empty (0 bytes)" if empty else "it is no image, or is damaged at its beginning"
+        reason = "it is no image, or is damaged at its beginning"
     elif isinstance(error, PIL.Image.DecompressionBombError):
         reason = f"it has too many pixels ({error})"
     elif isinstance(error, MemoryError):

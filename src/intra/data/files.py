@@ -1,19 +1,37 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and names that can be printed."""
 
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from intra.errors import InTraError
 
-__all__ = ["name_below", "sha256_of", "write_atomically"]
+__all__ = ["name_below", "printable", "remove_leftovers", "sha256_of", "whole_file", "write_atomically"]
+
+LEFTOVER = ".*.part"  # what a process that was killed while it wrote has left; no one reads files of that name
+LEFTOVER_AGE_S = 600  # a file that still grows is younger: another process may be writing it
 
 
 def name_below(path: Path, root: Path) -> str:
     """The path from a folder on, with slashes; the bare name of a file that lies elsewhere."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+def printable(name: str | Path) -> str:
+    r"""A name for people, in which bytes that are no text and control characters are escaped.
+
+    A file's name can hold what would end the program when printed (half a character) or command a terminal (escape
+    sequences).
+
+    >>> printable("a\x1b[2Jb\udcff.png")
+    'a\\x1b[2Jb\\udcff.png'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name))
 
 
 def sha256_of(path: Path) -> str:
@@ -28,22 +46,29 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, also after a crash, sees all of it or what was there before.
+    """Writes a file so that a reader, also after a crash or a power cut, sees all of it or what was there before.
 
-    Raises InTraError if the folder cannot be written or the disk is full.
+    When it returns, the file is on the disk. Raises InTraError if the folder cannot be written or the disk is full.
     """
-    # a file's name may hold bytes that are no text
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    with whole_file(path) as file:
+        # a file's name may hold bytes that are no text
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its place at the end, as `write_atomically` does, or not at all after an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).chmod(0o644)  # mkstemp's own is for the owner alone
             Path(temporary).replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 Path(temporary).unlink()
@@ -51,3 +76,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise InTraError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
                          ) from error
+
+
+def remove_leftovers(folder: Path, *, older_than_s: float = LEFTOVER_AGE_S) -> None:
+    """Removes what killed processes have left directly in a folder, so that kills do not fill the disk."""
+    for path in folder.glob(LEFTOVER):
+        with suppress(OSError):  # another process may have been quicker, or own it
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the renaming itself on the disk; where a folder cannot be opened (Windows), the system does without."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

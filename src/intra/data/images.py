@@ -16,12 +16,21 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from intra.data.decode import IMAGE_SUFFIXES, UnreadableError, checked_unit, opened, pixels_of, reasons, shape_of
+from intra.data.decode import (
+    IMAGE_SUFFIXES,
+    UnreadableError,
+    checked_unit,
+    opened,
+    opened_bytes,
+    pixels_of,
+    reasons,
+    shape_of,
+)
 from intra.errors import InTraError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "convert_channels",
-           "in_threads", "prepare", "read_image", "read_info", "read_mask", "read_set",
-           "to_unit"]
+           "in_threads", "prepare", "read_bytes", "read_image", "read_info", "read_mask",
+           "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
@@ -53,6 +62,21 @@ def read_image(image: str | Path | PIL.Image.Image | np.ndarray) -> Shaped[np.nd
         with reasons("the PIL image"):
             return pixels_of(image)
     with opened(image) as file:
+        return pixels_of(file)
+
+
+def read_bytes(data: bytes, *, name: str, max_pixels: int) -> Shaped[np.ndarray, "h w c"]:
+    """Pixels of the content of a file that a stranger sent; as `read_image`. `name` only stands in the message.
+
+    Raises UnreadableError also for a format that is not among those of cameras and scanners, and, before any pixel is
+    decoded, for an image of more than `max_pixels` pixels over all of its pages.
+    """
+    with opened_bytes(data, name) as file:
+        height, width, channels, _ = shape_of(file)
+        num_pages = channels if file.format == "TIFF" and channels != 3 else 1
+        if num_pages * height * width > max_pixels:
+            pages = f"{num_pages} pages of " if num_pages > 1 else ""
+            raise InTraError(f"it has {pages}{height}x{width} px; at most {max_pixels / 1e6:.3g} megapixels are taken")
         return pixels_of(file)
 
 

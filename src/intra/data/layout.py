@@ -15,7 +15,7 @@ its false-reject rate.
 A mask is called NAME_mask.* or NAME.*, and lossless. Hidden files and files without an image's suffix are ignored.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,8 @@ from intra.data.decode import IMAGE_SUFFIXES
 from intra.errors import InTraError
 
 __all__ = ["GOOD", "MASK_SUFFIXES", "MIN_GOOD_IMAGES", "Category", "LabelledImage", "Problem", "find_all",
-           "find_categories", "find_category", "list_images", "mask_files", "require_enough", "sub_folders"]
+           "find_categories", "find_category", "image_files", "list_images", "mask_files", "require_enough",
+           "sub_folders"]
 
 MIN_GOOD_IMAGES = 10  # fewer show too little of what varies between good parts, and leave none for the threshold
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".pgm", ".pbm", ".ppm", ".pnm"})
@@ -139,6 +140,21 @@ def list_images(folder: Path, *, recursive: bool = False) -> tuple[Path, ...]:
         if inner.is_dir() and not inner.is_symlink():
             images += list_images(inner, recursive=True)
     return tuple(images)
+
+
+def image_files(images: Sequence[str | Path]) -> list[Path]:
+    """The files that are meant by paths of files and folders, each once, those of sub-folders too.
+
+    Raises InTraError for one that is not there, or if there is none.
+    """
+    found: dict[Path, None] = {}
+    for image in map(Path, images):
+        if not image.exists():
+            raise InTraError(f"{image} is not there; give image files or folders of them")
+        found.update(dict.fromkeys(list_images(image, recursive=True) if image.is_dir() else [image]))
+    if not found:
+        raise InTraError(f"no image in {', '.join(map(str, images))}; give image files or folders of them")
+    return list(found)
 
 
 def sub_folders(folder: Path) -> list[Path]:

@@ -6,7 +6,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ import PIL.Image
 import torch
 
 import intra
-from intra.data.files import sha256_of, write_atomically
+from intra.data.files import remove_leftovers, sha256_of, write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
 from intra.data.images import read_image, read_mask
 from intra.errors import InTraError
@@ -68,8 +69,8 @@ def evaluate_category(
 
     `seconds_per_image` is wall time from the decoded image to its verdict, without the first batch if there are
     several. Pixel metrics count every test image, good ones without any defect; defective ones without a mask are left
-    out. Good test images whose very file was trained on test nothing: they are left out of everything and counted in
-    `num_left_out`. `reasons` says why a metric is null, `notes` what else to know.
+    out. Good test images whose very file was trained on, or carries the threshold, test nothing: they are left out of
+    everything and counted in `num_left_out`. `reasons` says why a metric is null, `notes` what else to know.
     """
     out = Path(out)
     tests, left_out = _not_trained_on(category, detector)
@@ -78,6 +79,8 @@ def evaluate_category(
         raise InTraError(f"{category.root} has no {which}; expected test/good and test/DEFECT, or for a plain folder "
                          "--anomalous FOLDER, with unseen good images in its sub-folder good")
     maps = out / "maps" if save_maps else None
+    for folder in (out, *(out / "maps").glob("*")):
+        remove_leftovers(folder)
     inspected = _inspect(detector, tests, root=category.root, maps=maps, on_progress=on_progress)
     figures, reasons, curves = _figures(inspected, detector.threshold)
     results = {
@@ -89,7 +92,7 @@ def evaluate_category(
         "num_test": len(tests),
         "num_left_out": len(left_out),
         "reasons": reasons,
-        "notes": _notes(tests, left_out),
+        "notes": [*_notes(tests, left_out), *_setup_notes(inspected.rows)],
         "model": _model_record(detector),
         "provenance": _provenance(detector),
         "peak_memory_mib": _peak_memory_mib(),
@@ -134,7 +137,9 @@ def _inspect(
             truth = _truth(test, image)
             path = test.path.relative_to(root) if test.path.is_relative_to(root) else test.path
             inspected.rows.append({"path": path.as_posix(), "defect": test.defect, "label": int(test.label),
-                                   "score": prediction.score, "is_anomalous": prediction.is_anomalous})
+                                   "score": prediction.score, "p_value": prediction.p_value,
+                                   "is_anomalous": prediction.is_anomalous, "setup_alarm": prediction.setup_alarm,
+                                   "setup_reason": prediction.setup_reason})
             inspected.gallery.add(image, prediction, path=path.as_posix(), defect=test.defect, label=test.label,
                                   truth=truth)
             if maps is not None:
@@ -246,8 +251,10 @@ def _no_pixel_metric(inspected: _Inspected, labels: metrics.Labels) -> str:
 
 
 def _not_trained_on(category: Category, detector: Detector) -> tuple[list[LabelledImage], list[LabelledImage]]:
-    """The test images, and the good ones among them whose very file was trained on: those test nothing."""
-    known = set(detector.info["provenance"].get("training_images", {}).values())
+    """The test images, and the good ones among them whose very file the model has seen: those test nothing."""
+    provenance = detector.info["provenance"]
+    known = {*provenance.get("training_images", {}).values(),
+             *provenance.get("calibrated", {}).get("images", {}).values()}
     tests: list[LabelledImage] = []
     left_out: list[LabelledImage] = []
     for test in category.test:
@@ -270,6 +277,15 @@ def _notes(tests: Sequence[LabelledImage], left_out: Sequence[LabelledImage]) ->
     return notes
 
 
+def _setup_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    alarms = Counter(row["setup_reason"] for row in rows if row["setup_alarm"])
+    if not alarms:
+        return []
+    listed = ", ".join(f"{reason} ({count})" for reason, count in alarms.most_common())
+    return [f"{sum(alarms.values())} of {len(rows)} photos raise the setup alarm: as a whole they are not as the good "
+            f"photos were: {listed}. Their verdicts stand, but look at light, focus and pose first."]
+
+
 def _num_train(detector: Detector) -> int:
     provenance = detector.info["provenance"]
     return int(provenance.get("num_train", len(provenance.get("training_images", {}))))
@@ -278,7 +294,10 @@ def _num_train(detector: Detector) -> int:
 def _model_record(detector: Detector) -> dict[str, Any]:
     """What the model says of itself, without its list of training files."""
     info = dict(detector.info)
-    info["provenance"] = {key: value for key, value in info["provenance"].items() if key != "training_images"}
+    lists = ("training_images", "images")
+    info["provenance"] = {
+        key: {name: part for name, part in value.items() if name not in lists} if isinstance(value, dict) else value
+        for key, value in info["provenance"].items() if key not in lists}
     return info
 
 

@@ -2,21 +2,23 @@
 
 import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Shaped
 
 from intra.data.files import write_atomically
-from intra.data.folder import list_images
 from intra.data.images import read_image
+from intra.data.layout import image_files
 from intra.errors import InTraError
 from intra.evaluation.pictures import encode_png, heatmap_overlay, outline, to_rgb8
 from intra.inspection.detector import Detector, Prediction
 
-__all__ = ["FileVerdict", "predict_files"]
+__all__ = ["PICTURES_FOLDER", "FileVerdict", "predict_files", "save_pictures"]
 
 PREDICTIONS_FILE = "predictions.jsonl"
 PICTURES_FOLDER = "images"
@@ -41,13 +43,13 @@ def predict_files(
 ) -> list[Path]:
     """Inspects files and folders; returns the paths of the files that could not be read.
 
-    Writes a line of `out`/predictions.jsonl for each, as soon as it is known: path, score, is_anomalous, threshold,
-    defects; or path and error. With `save_images` also `out`/images/NAME_overlay.png, _outline.png, _repaired.png and
-    _mask.png. `on_verdict` is called with each verdict, how many are done, and how many
-    there are. Raises InTraError if there is no image.
+    Writes a line of `out`/predictions.jsonl for each, as soon as it is known: path, score, p_value, is_anomalous,
+    threshold, setup_alarm, setup_reason, defects; or path and error. With `save_images` also
+    `out`/images/NAME_overlay.png, _outline.png, _repaired.png and _mask.png. `on_verdict` is called with each verdict,
+    how many are done, and how many there are. Raises InTraError if there is no image.
     """
     out = Path(out)
-    files = [path for path in _files(images) if out / PICTURES_FOLDER not in path.parents]  # not its own pictures
+    files = [path for path in image_files(images) if out / PICTURES_FOLDER not in path.parents]  # not its own pictures
     names = _unique_names(files)
     unreadable = []
     try:
@@ -61,9 +63,21 @@ def predict_files(
                 record.flush()
                 if on_verdict:
                     on_verdict(verdict, done, len(files))
+            os.fsync(record.fileno())
     except OSError as error:
         raise InTraError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
     return unreadable
+
+
+def save_pictures(image: Shaped[np.ndarray, "h w c"], prediction: Prediction, place: Path) -> None:
+    """Writes `place`_overlay.png, _outline.png, _repaired.png and _mask.png, each whole or not at all."""
+    for kind, picture in (
+        ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
+        ("outline", outline(image, prediction.mask)),
+        ("repaired", to_rgb8(prediction.repaired)),
+        ("mask", prediction.mask.astype(np.uint8) * 255),
+    ):
+        write_atomically(place.with_name(f"{place.name}_{kind}.png"), encode_png(picture))
 
 
 def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdict:
@@ -73,13 +87,7 @@ def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdi
     except InTraError as error:
         return FileVerdict(path, None, str(error))
     if pictures is not None:
-        for kind, picture in (
-            ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
-            ("outline", outline(image, prediction.mask)),
-            ("repaired", to_rgb8(prediction.repaired)),
-            ("mask", prediction.mask.astype(np.uint8) * 255),
-        ):
-            write_atomically(pictures.with_name(f"{pictures.name}_{kind}.png"), encode_png(picture))
+        save_pictures(image, prediction, pictures)
     return FileVerdict(path, prediction, None)
 
 
@@ -87,20 +95,9 @@ def _line(verdict: FileVerdict) -> dict[str, object]:
     if verdict.prediction is None:
         return {"path": str(verdict.path), "error": verdict.error}
     found = verdict.prediction
-    return {"path": str(verdict.path), "score": found.score, "is_anomalous": found.is_anomalous,
-            "threshold": found.threshold, "defects": [asdict(defect) for defect in found.defects]}
-
-
-def _files(images: Sequence[str | Path]) -> list[Path]:
-    """The files that are meant, each once. Raises InTraError for one that is not there, or if there is none."""
-    found: dict[Path, None] = {}
-    for image in map(Path, images):
-        if not image.exists():
-            raise InTraError(f"{image} is not there; give image files or folders of them")
-        found.update(dict.fromkeys(list_images(image, recursive=True) if image.is_dir() else [image]))
-    if not found:
-        raise InTraError(f"no image in {', '.join(map(str, images))}; give image files or folders of them")
-    return list(found)
+    return {"path": str(verdict.path), "score": found.score, "p_value": found.p_value,
+            "is_anomalous": found.is_anomalous, "threshold": found.threshold, "setup_alarm": found.setup_alarm,
+            "setup_reason": found.setup_reason, "defects": [asdict(defect) for defect in found.defects]}
 
 
 def _unique_names(files: Sequence[Path]) -> list[str]:

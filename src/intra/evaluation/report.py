@@ -18,7 +18,7 @@ from intra.evaluation import pictures
 from intra.evaluation.metrics import MAX_FALSE_POSITIVE_RATE, Points
 from intra.inspection.detector import Defect, Prediction
 
-__all__ = ["Curves", "Example", "Gallery", "write_report"]
+__all__ = ["MAX_SIDE_PX", "Curves", "Example", "Gallery", "page", "write_report"]
 
 MAX_EXAMPLES = 60  # about 90 KB each: the file stays below 10 MB
 MAX_SIDE_PX = 384  # of a picture
@@ -49,6 +49,8 @@ class Example:
     defects: tuple[Defect, ...]
     pictures: tuple[tuple[str, str], ...]  # caption, data URI
     has_truth: bool
+    p_value: float
+    setup_reason: str  # of a setup alarm; "" without one
 
 
 @dataclass
@@ -85,19 +87,24 @@ class Gallery:
 
 def write_report(path: Path, results: Mapping[str, Any], gallery: Gallery, curves: Curves) -> None:
     """Writes one HTML file that needs no other file and no network. `results` is what results.json holds."""
-    template = _environment().from_string(files("intra.evaluation").joinpath("report.html.j2").read_text("utf-8"))
-    write_atomically(path, template.render(
-        results=results,
-        counts=_counts(results["images"]),
-        examples=gallery.examples,
-        num_images=gallery.num_added,
-        histogram=_histogram(results["images"], results["threshold"]),
-        curves=curves,
-        pro_limit=MAX_FALSE_POSITIVE_RATE,
-        legend=_legend(),
-        facts=_facts(results),
-        colors={"predicted": pictures.PREDICTED, "truth": pictures.TRUTH},
-    ))  # fmt: skip
+    write_atomically(path, page("report.html.j2", {
+        "results": results,
+        "counts": _counts(results["images"]),
+        "examples": gallery.examples,
+        "num_images": gallery.num_added,
+        "histogram": _histogram(results["images"], results["threshold"]),
+        "curves": curves,
+        "pro_limit": MAX_FALSE_POSITIVE_RATE,
+        "legend": _legend(),
+        "facts": _facts(results),
+        "colors": {"predicted": pictures.PREDICTED, "truth": pictures.TRUTH},
+    }))  # fmt: skip
+
+
+def page(template: str, values: Mapping[str, Any]) -> str:
+    """The HTML that one of the templates beside this module makes of these values."""
+    source = files("intra.evaluation").joinpath(template).read_text("utf-8")
+    return _environment().from_string(source).render(values)
 
 
 def _environment() -> jinja2.Environment:
@@ -117,7 +124,8 @@ def _example(
     return Example(
         path=path, defect=defect, verdict=verdict[bool(label), prediction.is_anomalous], score=prediction.score,
         threshold=prediction.threshold, defects=prediction.defects, has_truth=truth is not None and bool(truth.any()),
-        heat=_heat(prediction.score, prediction.threshold),
+        heat=_heat(prediction.score, prediction.threshold), p_value=prediction.p_value,
+        setup_reason=prediction.setup_reason,
         pictures=tuple((caption, pictures.data_uri(picture)) for caption, picture in (
             ("Photo", photo), ("Repaired", repaired),
             ("Heatmap", pictures.heatmap_overlay(photo, anomaly_map, prediction.threshold)),

@@ -1,6 +1,7 @@
 """The detector: a trained model with everything that an inspection needs, in one file."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,21 +25,24 @@ from intra.data.files import write_atomically
 from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
-from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold
-from intra.inspection.device import autocast, pick_device
+from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold, p_value
+from intra.inspection.device import autocast, in_chunks, pick_device
 from intra.inspection.distribution import PatchDistribution, ScaleDistribution, cell_grid
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
+from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
 from intra.similarity import box_blur
 
-__all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "repair"]
+__all__ = ["FORMAT_VERSION", "MODEL_FILE", "READERS", "SETUP_TENSORS", "Defect", "Detector", "Prediction",
+           "is_exported", "model_file", "refuse_exported", "repair", "stored_setup"]
 
 FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = ("filters", "mean", "whitening")  # of each scale, in the model file
+SETUP_TENSORS = ("mean", "centre", "spread")
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
-# inspection knows no other runtime: docs/decisions/0010-export.md
+# inspection knows no other runtime: docs/decisions/0012-export.md
 READERS = {".onnx": "intra.deploy.exported", ".xml": "intra.deploy.exported"}
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
 
@@ -68,6 +72,10 @@ class Prediction:
     mask: np.ndarray  # (H, W) bool
     repaired: np.ndarray  # (H, W) or (H, W, C), channels of the model; uint8 or uint16 as the input, else float32
     defects: tuple[Defect, ...]  # the highest score first
+    # Of good images that were not trained on, the share that scores as high, this one counted in: small is unusual.
+    p_value: float = 1.0
+    setup_alarm: bool = False  # the whole picture is not as good ones are: light, focus or pose has changed
+    setup_reason: str = ""  # what has changed, in a word; "" without an alarm
 
 
 class Detector:
@@ -82,6 +90,7 @@ class Detector:
         held_out_scores: Sequence[float],
         provenance: dict[str, Any],
         distribution: PatchDistribution | None = None,
+        setup: Setup | None = None,
         threshold: Threshold | None = None,
         device: str = "auto",
     ) -> None:
@@ -90,6 +99,7 @@ class Detector:
         self.config = config
         self.reference = reference.to(self.device)
         self.distribution = distribution.to(self.device) if distribution else None
+        self.setup = setup.to(self.device) if setup else None  # None: no setup alarm is ever raised
         self.held_out_scores = list(held_out_scores)
         self.provenance = provenance
         self.calibration = threshold or choose_threshold(self.held_out_scores, config.scoring.false_reject_rate)
@@ -104,12 +114,11 @@ class Detector:
         `threshold`, or the `false_reject_rate` that it is to promise, replaces the stored one. Raises InTraError if the
         file is missing, damaged, no model of intra, or of another format version.
         """
-        reader = READERS.get(Path(path).suffix.lower())
-        if reader is not None and not Path(path).is_dir():
-            exported: Detector = import_module(reader).load_exported(
+        if is_exported(path):
+            exported: Detector = import_module(READERS[Path(path).suffix.lower()]).load_exported(
                 Path(path), device=device, threshold=threshold, false_reject_rate=false_reject_rate)
             return exported
-        header, tensors = _read_model(_model_file(Path(path)))
+        header, tensors = _read_model(model_file(Path(path)))
         try:
             config = Config.from_dict(header["config"])
             config.check_grid()
@@ -118,6 +127,7 @@ class Detector:
             reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None),
                                   tensors.pop("reference.tails", None))
             distribution = _distribution(config, tensors)
+            setup = stored_setup(config, tensors, header["calibration"].get("setup_scores"))
             _check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
                 model = build(config.model)
@@ -127,7 +137,7 @@ class Detector:
             raise InTraError(f"{path} does not hold what its header says ({reason}); train or copy it again") from error
         chosen = moved_threshold(chosen, scores, threshold=threshold, false_reject_rate=false_reject_rate)
         return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                   distribution=distribution, threshold=chosen, device=device)
+                   distribution=distribution, setup=setup, threshold=chosen, device=device)
 
     @property
     def threshold(self) -> float:
@@ -143,7 +153,8 @@ class Detector:
             "config": self.config.to_dict(),
             "preprocessing": {"height": model.image_size[0], "width": model.image_size[1], "channels": model.channels,
                               "resize": "bilinear, antialiased", "range": [0, 1]},
-            "calibration": {"threshold": asdict(self.calibration), "held_out_scores": self.held_out_scores},
+            "calibration": {"threshold": asdict(self.calibration), "held_out_scores": self.held_out_scores,
+                            "setup_scores": list(self.setup.scores) if self.setup else None},
             "provenance": self.provenance,
         }
 
@@ -155,6 +166,8 @@ class Detector:
             ("mean", reference.mean), ("spread", reference.spread), ("tails", reference.tails)) if part is not None}
         for index, part in enumerate(self.distribution.parts if self.distribution else ()):
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
+        if self.setup:
+            tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         header = json.dumps(self.info, sort_keys=True)
         digest = _digest(header, tensors)
@@ -187,19 +200,25 @@ class Detector:
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
 
     def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+        parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop]), len(arrays), len(arrays))
+        return list(itertools.chain.from_iterable(parts))
+
+    def _predict_at_once(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         config = self.config.model
         batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
                              for array in arrays]).to(self.device)
         repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
+        checks: Sequence[SetupCheck | None] = self.setup.check(batch) if self.setup else [None] * len(batch)
         return [
-            self._verdict(score, one_map, one_repaired, array)
-            for score, one_map, one_repaired, array in zip(scores, maps.cpu(), repaired.cpu(), arrays, strict=True)
-        ]
+            self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
+            in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)
+        ]  # fmt: skip
 
     def _verdict(
-        self, score: float, small_map: Float[Tensor, "h w"], small_repaired: Float[Tensor, "c h w"], array: np.ndarray
-    ) -> Prediction:
+        self, score: float, small_map: Float[Tensor, "h w"], small_repaired: Float[Tensor, "c h w"], array: np.ndarray,
+        check: SetupCheck | None,
+    ) -> Prediction:  # fmt: skip
         size = array.shape[0], array.shape[1]
         large_map = _resize(small_map[None], size)[0].numpy()
         if not math.isfinite(score):  # never let a broken model call a part good
@@ -211,6 +230,8 @@ class Detector:
         return Prediction(
             score=score, is_anomalous=is_anomalous, threshold=self.threshold, anomaly_map=large_map, mask=mask,
             repaired=_like(_resize(small_repaired, size), array), defects=_defects(mask, large_map),
+            p_value=p_value(score, self.held_out_scores), setup_alarm=check is not None and check.alarm,
+            setup_reason=check.reason if check else "",
         )  # fmt: skip
 
 
@@ -245,11 +266,24 @@ def repair(
         return repaired, torch.cat(evidence, dim=1)
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
+    """The model file of a run's folder, or the file itself. Raises InTraError if it is not there."""
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         raise InTraError(f"no model at {file}; expected a run's folder or a {MODEL_FILE}; train one with `intra train`")
     return file
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a path names an exported model, by the end of its name."""
+    return Path(path).suffix.lower() in READERS and not Path(path).is_dir()
+
+
+def refuse_exported(path: str | Path) -> None:
+    """Raises InTraError for an exported model: it holds no weights, so no other calibration can be made for it."""
+    if is_exported(path):
+        raise InTraError(f"{path} is an exported model, which stays as it is; pass the run that it was made of, and "
+                         "export what comes of it")
 
 
 def _read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -294,6 +328,20 @@ def _distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistributi
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
     return PatchDistribution(grid, scoring.distribution_scales, tuple(parts))
+
+
+def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:
+    """Takes the setup's reference out of a model file's tensors. Raises ValueError where it does not fit the config."""
+    if scores is None:
+        return None
+    mean, centre, spread = (tensors.pop(f"setup.{name}") for name in SETUP_TENSORS)
+    if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (mean, centre, spread)) or not all(
+            isinstance(score, float) and math.isfinite(score) for score in scores):
+        raise ValueError("a setup with numbers that are not finite, or not fp32")
+    setup = Setup(mean, centre, spread, tuple(scores))
+    if not scores or not setup.fits(config.model.image_size, config.model.channels) or not (spread > 0).all():
+        raise ValueError("a setup of another size than the image's")
+    return setup
 
 
 def _check_content(

@@ -1,15 +1,26 @@
-"""Where and in which precision the arithmetic runs."""
+"""Where, in which precision and in what portions the arithmetic runs."""
 
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from intra.errors import InTraError
 
-__all__ = ["autocast", "pick_device", "uses_bf16"]
+__all__ = ["OutOfMemoryError", "autocast", "in_chunks", "is_out_of_memory", "pick_device", "uses_bf16"]
 
 Precision = Literal["auto", "fp32", "bf16"]
+# Torch has a type of error for GPUs alone; on the CPU its allocators raise RuntimeError with one of these.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation")
+
+_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
+
+
+class OutOfMemoryError(InTraError):
+    """The machine's memory does not suffice, not even for the smallest portion."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,3 +48,36 @@ def uses_bf16(device: torch.device, precision: Precision) -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """A context in which matrix products run in that precision; weights and sums stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(device, precision) else nullcontext()
+
+
+def in_chunks(work: Callable[[int, int], _Result], count: int, size: int) -> Iterator[_Result]:
+    """What `work(start, stop)` gives for 0 to `count`, `size` at a time; half as many from where memory runs out.
+
+    Raises OutOfMemoryError if it does not suffice for one.
+    """
+    start = 0
+    while start < count:
+        stop = min(start + size, count)
+        try:
+            result = work(start, stop)
+        except (MemoryError, RuntimeError, OutOfMemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if stop - start == 1:
+                raise OutOfMemoryError("the memory does not suffice for one image; close other programs, pass --device "
+                                       "cpu, or train with a smaller --image-size") from error
+            size = (stop - start) // 2
+            _log.warning("out of memory with %d at a time; going on with %d", stop - start, size)
+        else:
+            yield result
+            start = stop
+            continue
+        if torch.cuda.is_available():  # only here, behind the except: the error itself holds on to tensors
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, on any device."""
+    if isinstance(error, MemoryError | OutOfMemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)

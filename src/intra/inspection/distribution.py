@@ -7,6 +7,7 @@ each place is PaDiM's (Defard et al. 2021), there of a pretrained network's feat
 the photos themselves. docs/decisions/0009-distribution.md
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images
 @dataclass(frozen=True)
 class ScaleDistribution:
     """At one scale. A cell has four features for each of m filters: the photo's response and the logarithm of its
-    energy, the repaired image's response, and the logarithm of the energy of what it changes.
+    energy, the repaired image's response, and the logarithm of the energy of what it changes; without a repaired image
+    the first two.
     """
 
     filters: Float[Tensor, "m c k k"]  # of unit standard deviation over good photos
@@ -45,7 +47,7 @@ class ScaleDistribution:
 
     @property
     def num_features(self) -> int:
-        """D, of a cell."""
+        """D, of a cell with its repaired image."""
         return 4 * len(self.filters)
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
@@ -61,13 +63,21 @@ class PatchDistribution:
     scales: tuple[int, ...]  # factors by which the images are reduced
     parts: tuple[ScaleDistribution, ...]  # one for each scale
 
-    def evidence(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]."""
-        total = photos.new_zeros(photos.shape[0], *self.grid)
-        for scale, part in zip(self.scales, self.parts, strict=True):
-            features = _features(photos, repaired, part.filters, scale, self.grid)
-            total = total + part.distances(features).log1p().T.unflatten(1, self.grid)
-        return F.interpolate(total[:, None], size=photos.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    def evidence(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> Float[Tensor, "b h w"]:
+        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as for `add`."""
+        features = [_features(photos, repaired, part.filters, scale, self.grid)
+                    for scale, part in zip(self.scales, self.parts, strict=True)]
+        return self.evidence_of(features, (photos.shape[-2], photos.shape[-1]))
+
+    def evidence_of(self, features: Sequence[Float[Tensor, "cells d b"]], size: tuple[int, int]
+                    ) -> Float[Tensor, "b h w"]:  # fmt: skip
+        """The same from what `PatchMoments.features` made of images of that height and width."""
+        total = sum(part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True))
+        assert isinstance(total, Tensor)
+        maps = total.T.unflatten(1, self.grid)
+        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
@@ -92,47 +102,84 @@ class PatchMoments:
         self.filters = [_principal_filters(photos, scale, num_filters, seed) for scale in scales]
         self._sums: list[_Sums | None] = [None] * len(scales)
 
-    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> None:
-        """Images that were trained on, with their repaired images, in [0, 1]."""
-        for index, (scale, filters) in enumerate(zip(self.scales, self.filters, strict=True)):
-            features = _features(photos, repaired, filters, scale, self.grid)
-            self._sums[index] = sums = self._sums[index] or _Sums(features)
-            sums.add(features)
+    def empty(self) -> "PatchMoments":
+        """The same filters and cells, without any image."""
+        other = copy.copy(self)
+        other._sums = [None] * len(self.scales)
+        return other
 
-    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor]]) -> PatchDistribution:
+    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None) -> None:
+        """Good images, with their repaired images, in [0, 1]; with None everywhere the photos alone are described."""
+        self.add_features(self.features(photos, repaired))
+
+    def features(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> list[Float[Tensor, "cells d b"]]:
+        """What images are to the distribution, at each scale: for those that are used several times."""
+        return [_features(photos, repaired, filters, scale, self.grid)
+                for scale, filters in zip(self.scales, self.filters, strict=True)]
+
+    def add_features(self, features: Sequence[Float[Tensor, "cells d b"]]) -> None:
+        """Good images by their features."""
+        for index, each in enumerate(features):
+            self._sums[index] = sums = self._sums[index] or _Sums(each.mean(2, keepdim=True))
+            sums.add(each)
+
+    def merge(self, other: "PatchMoments") -> None:
+        """Also what another one, made by `empty` of the same, has gathered."""
+        for index, theirs in enumerate(other._sums):
+            if theirs is not None:
+                self._sums[index] = sums = self._sums[index] or theirs.empty()
+                sums.merge(theirs)
+
+    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor | None]]) -> PatchDistribution:
         """The distribution, held against good images that were not trained on, chunks of photos and repaired images:
         they say how much more a feature spreads on new images, and by their likelihood how far each place's covariance
         shrinks towards that of all.
         """
+        chunks = [self.features(*chunk) for chunk in held_out]
+        return self.fitted_to([torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)])
+
+    def fitted_to(self, held_out: Sequence[Float[Tensor, "cells d b"]]) -> PatchDistribution:
+        """The same, held against images by their features at each scale."""
         parts = []
-        for scale, filters, sums in zip(self.scales, self.filters, self._sums, strict=True):
+        for filters, sums, unseen in zip(self.filters, self._sums, held_out, strict=True):
             assert sums is not None, "no image was added"
             mean, covariance = sums.moments()
-            unseen = torch.cat([_features(*chunk, filters, scale, self.grid) for chunk in held_out], dim=2)
-            unseen = unseen - mean[..., None]
-            spread = unseen.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
+            away = unseen - mean[..., None]
+            spread = away.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
             covariance = covariance * wider[:, None] * wider
-            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), unseen) for share in SHRINKAGES),
+            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), away) for share in SHRINKAGES),
                                key=lambda each: each[0])
             parts.append(ScaleDistribution(filters, mean, whitening))
         return PatchDistribution(self.grid, self.scales, tuple(parts))
 
 
 class _Sums:
-    """First and second moments of each cell's features about the first chunk's mean: far numbers cancel badly."""
+    """First and second moments of each cell's features about a point near their mean: far numbers cancel badly."""
 
-    def __init__(self, features: Float[Tensor, "cells d b"]) -> None:
-        self.shift = features.mean(2, keepdim=True)
+    def __init__(self, shift: Float[Tensor, "cells d 1"]) -> None:
+        self.shift = shift
         self.count = 0
-        self.first = torch.zeros_like(self.shift)
-        self.second = features.new_zeros(*features.shape[:2], features.shape[1])
+        self.first = torch.zeros_like(shift)
+        self.second = shift.new_zeros(*shift.shape[:2], shift.shape[1])
 
     def add(self, features: Float[Tensor, "cells d b"]) -> None:
         away = features - self.shift
         self.count += features.shape[2]
         self.first += away.sum(2, keepdim=True)
         self.second += away @ away.transpose(1, 2)
+
+    def empty(self) -> "_Sums":
+        return _Sums(self.shift)
+
+    def merge(self, other: "_Sums") -> None:
+        away = other.shift - self.shift  # theirs are sums about another point
+        across = other.first @ away.transpose(1, 2)
+        self.count += other.count
+        self.first += other.first + other.count * away
+        self.second += other.second + across + across.transpose(1, 2) + other.count * away @ away.transpose(1, 2)
 
     def moments(self) -> tuple[Float[Tensor, "cells d"], Float[Tensor, "cells d d"]]:
         mean = self.first / self.count
@@ -164,12 +211,15 @@ def _shrunk(covariance: Float[Tensor, "cells d d"], shrinkage: float) -> Float[T
 
 
 def _features(
-    photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], filters: Float[Tensor, "m c k k"],
+    photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
     scale: int, grid: tuple[int, int],
 ) -> Float[Tensor, "cells d b"]:  # fmt: skip
-    """The four features of each filter at each cell."""
-    own, others = _responses(photos, filters, scale), _responses(repaired, filters, scale)
-    parts = [_pooled(own, grid), _log_energy(own, grid), _pooled(others, grid), _log_energy(own - others, grid)]
+    """The four features of each filter at each cell; two without a repaired image."""
+    own = _responses(photos, filters, scale)
+    parts = [_pooled(own, grid), _log_energy(own, grid)]
+    if repaired is not None:
+        others = _responses(repaired, filters, scale)
+        parts += [_pooled(others, grid), _log_energy(own - others, grid)]
     return torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from intra.config import ModelConfig
 from intra.geometry import covering_windows, patchify, unpatchify
+from intra.inspection.device import in_chunks
 from intra.models import InTra
 from intra.models.riad import draw_cell_sets, inpaint_cells
 
@@ -95,9 +96,14 @@ def inpaint(
         return unpatchify(repaired, grid, images.shape[1])
     positions, hidden = (part.to(images.device) for part in covering_windows(grid, window_size, lattice))
     batch = max(1, TOKENS_PER_BATCH.get(images.device.type, TOKENS_PER_BATCH["cuda"]) // positions.shape[1])
-    for chunk in torch.arange(len(images) * len(positions), device=images.device).split(batch):
-        places = hidden[chunk % len(positions)].flatten().nonzero()[:, 0]
-        _inpaint_pairs(model, patches, repaired, chunk, positions, hidden, places)
+
+    def work(start: int, stop: int) -> None:
+        pairs = torch.arange(start, stop, device=images.device)
+        places = hidden[pairs % len(positions)].flatten().nonzero()[:, 0]
+        _inpaint_pairs(model, patches, repaired, pairs, positions, hidden, places)
+
+    for _ in in_chunks(work, len(images) * len(positions), batch):
+        pass
     return unpatchify(repaired, grid, images.shape[1])
 
 

@@ -27,6 +27,7 @@ def build(config: ModelConfig) -> nn.Module:
             long_residuals=config.long_residuals,
             readout=config.readout,
             conditional_positions=config.window_shape if config.conditional_positions else None,
+            mean_start=config.mean_start,
             make_segmenter=(lambda: Segmenter(channels=config.channels, width=width)) if width else None,
         )
     if config.network == "autoencoder":

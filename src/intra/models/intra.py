@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 __all__ = ["InTra"]
 
+SMALL_HEAD_STD = 1e-3  # of a head that starts beside the mean image: close to it, and no weight without a gradient
 POSITION_STD = 0.02  # of the position embeddings and the hidden vector at the start, as in ViT
 
 
@@ -70,6 +71,8 @@ class InTra(nn.Module):
             hidden patch's own token, so that many may be hidden at once.
         conditional_positions: rows and cols of a window; if given, a depthwise 3 × 3 convolution over the grid of its
             tokens stands before each block (Chu et al. 2021; docs/decisions/0008-convolved.md).
+        mean_start: adds a learned patch to the prediction of each position; `start_from` sets it to a mean image, so
+            that what good images share need not be learnt (docs/decisions/0010-mean-start.md).
         make_segmenter: makes the network beside it that marks defects in whole photos. Called last, so that the
             transformer starts from the same weights with and without one.
     """
@@ -78,7 +81,8 @@ class InTra(nn.Module):
         self, *, num_positions: int = 256, patch_dim: int = 768, embed_dim: int = 512, depth: int = 13,
         num_heads: int = 8, mlp_ratio: float = 4.0, attention: Literal["mfsa", "msa"] = "mfsa",
         value_mlp: bool = False, long_residuals: bool = True, readout: Literal["mean", "token"] = "mean",
-        conditional_positions: tuple[int, int] | None = None, make_segmenter: Callable[[], nn.Module] | None = None,
+        conditional_positions: tuple[int, int] | None = None, mean_start: bool = False,
+        make_segmenter: Callable[[], nn.Module] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.readout = readout
@@ -97,6 +101,10 @@ class InTra(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, patch_dim)
+        self.mean_patches = nn.Parameter(torch.zeros(num_positions, patch_dim)) if mean_start else None
+        if mean_start:
+            nn.init.normal_(self.head.weight, std=SMALL_HEAD_STD)
+            nn.init.zeros_(self.head.bias)
         self.segmenter = make_segmenter() if make_segmenter else None
 
     def forward(
@@ -111,7 +119,16 @@ class InTra(nn.Module):
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
             places: `hidden.flatten().nonzero()[:, 0]`, from who knows it: then no shape depends on a value.
         """
-        return self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden, places)
+        inpainted = self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden, places)
+        if self.mean_patches is None:
+            return inpainted
+        return inpainted + self.mean_patches[positions[hidden] if places is None else positions.flatten()[places]]
+
+    @torch.no_grad()
+    def start_from(self, mean_patches: Float[Tensor, "n p"]) -> None:
+        """Sets what each position's prediction starts from: the patches of a mean image, pixels in [0, 1]."""
+        assert self.mean_patches is not None, "built without mean_start"
+        self.mean_patches.copy_(mean_patches)
 
     def segment(self, photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2"]:
         """The segmenter's log-odds of a defect in each cell of 2 × 2 px of photos in [0, 1]."""

@@ -51,10 +51,14 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             header = json.loads((opened.metadata() or {})["intra_checkpoint"])
-        version, _ = header["version"], header["identity"]["training_images"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        version, identity = header["version"], header["identity"]
+        is_complete = identity["config"].keys() and identity["training_images"].keys() and (
+            identity["budget"].keys() == {"steps", "seconds"} and type(identity["seed"]) is int)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InTraError(f"{path} is damaged or no checkpoint of intra ({error}); delete the folder and train again"
                          ) from error
+    if not is_complete:
+        raise InTraError(f"{path} does not say which run it is of; delete the folder and train again")
     if version != CHECKPOINT_VERSION:
         raise InTraError(f"{path} has checkpoint version {version}; this intra resumes version {CHECKPOINT_VERSION}; "
                          "train again")

@@ -3,14 +3,11 @@
 import csv
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,14 +19,17 @@ from intra.config import ModelConfig, TrainConfig
 from intra.data.files import write_atomically
 from intra.data.images import to_unit
 from intra.errors import InTraError
+from intra.inspection.device import OutOfMemoryError, in_chunks, is_out_of_memory
 from intra.inspection.inpaint import repaired_views
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
+from intra.training.interrupt import stop_on_signal
 from intra.training.loss import step_loss, validation_loss
 from intra.training.sampler import Batch, WindowSampler
 
 __all__ = ["Budget", "Fitted", "Report", "fit"]
 
 CHECKPOINT_EVERY_S = 30.0
+IMAGES_PER_CHUNK = 8  # validated at a time
 REPORT_EVERY_S = 0.5
 LOG_FIELDS = ("step", "epoch", "elapsed_s", "learning_rate", "train_loss", "validation_loss", "windows_per_s")
 
@@ -67,6 +67,7 @@ class Fitted:
 
     progress: Progress
     interrupted: bool
+    diverged: str | None = None  # why it ended early, if the loss was no longer a number
 
 
 def fit(  # noqa: PLR0913  all but three by keyword
@@ -78,7 +79,8 @@ def fit(  # noqa: PLR0913  all but three by keyword
 
     Validates at the end of every epoch and of the budget, on every patch of the validation images. Writes log.csv,
     and last.ckpt about every half minute. SIGINT and SIGTERM end it after the step in progress, with a checkpoint.
-    Raises InTraError if the loss is no longer a number.
+    A loss that is no longer a number ends it too; `diverged` then says where. Raises InTraError if that comes before
+    the first validation, the memory does not suffice or the disk is full.
     """
     optimizer = _optimizer(model, config)
     progress, best = Progress(), {name: value.clone() for name, value in model.state_dict().items()}
@@ -94,10 +96,10 @@ def fit(  # noqa: PLR0913  all but three by keyword
     saved_at = time.monotonic()
 
     def checkpoint_now() -> None:
-        _refuse_nan(meter.last_loss, progress, checkpoint)
+        _refuse_nan(meter.last_loss, meter, checkpoint)
         save_checkpoint(checkpoint, model=model, best=best, optimizer=optimizer, progress=progress, identity=identity)
 
-    with _stop_on_signal() as stop:
+    with stop_on_signal() as stop, _divergence(progress) as diverged:
         while not progress.finished and not stop.is_set():
             rate = _learning_rate(config, budget.spent(progress.step, progress.elapsed_s))
             for group in optimizer.param_groups:
@@ -115,17 +117,16 @@ def fit(  # noqa: PLR0913  all but three by keyword
                                              lattice=lattice)
                 meter.tick()
                 log.write(progress, sampler.steps_per_epoch, rate, meter, held_out_loss)
-                _judge(progress, held_out_loss, model, best, checkpoint)
+                _judge(meter, held_out_loss, model, best, checkpoint)
                 progress.finished = _is_finished(progress, config, budget)
             if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and not progress.finished:
                 checkpoint_now()
                 saved_at = time.monotonic()
         checkpoint_now()
-        interrupted = stop.is_set() and not progress.finished
     log.close()
     if progress.best_step:  # else it was stopped before the first validation: the last weights are the best known
         model.load_state_dict(best)
-    return Fitted(progress, interrupted)
+    return Fitted(progress, stop.is_set() and not progress.finished, diverged[0] if diverged else None)
 
 
 def _step(
@@ -134,12 +135,19 @@ def _step(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """One step of the optimiser; returns the loss before it, still on the device."""
     network.train()
-    with fabric.autocast():  # Fabric casts in `forward` by itself, but not in `segment`
-        loss = step_loss(network, batch, config=config, model_config=model_config)
-    fabric.backward(loss)
-    if config.gradient_clip is not None:
-        fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
-    optimizer.step()
+    try:
+        with fabric.autocast():  # Fabric casts in `forward` by itself, but not in `segment`
+            loss = step_loss(network, batch, config=config, model_config=model_config)
+        fabric.backward(loss)
+        if config.gradient_clip is not None:
+            fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:  # fewer windows a step would be another training: the user decides
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"the memory does not suffice for a step of train.batch_size={config.batch_size}; train "
+                               "anew with a smaller --set train.batch_size=… or --image-size, or --resume this run "
+                               "with more memory") from error
     optimizer.zero_grad()
     return loss.detach()
 
@@ -154,13 +162,14 @@ def validate(
     The mean over the views where a network repairs an image several times.
     """
     model.eval()
-    total = 0.0
-    for chunk in images.split(8):
-        pixels = to_unit(chunk)
+
+    def work(start: int, stop: int) -> float:
+        pixels = to_unit(images[start:stop])
         views = repaired_views(model, pixels, model_config=model_config, lattice=lattice)
         losses = [validation_loss(view, pixels, config=config, model_config=model_config) for view in views]
-        total += float(torch.stack(losses).mean()) * len(chunk)
-    return total / len(images)
+        return float(torch.stack(losses).mean()) * len(pixels)
+
+    return sum(in_chunks(work, len(images), IMAGES_PER_CHUNK)) / len(images)
 
 
 def _is_finished(progress: Progress, config: TrainConfig, budget: Budget) -> bool:
@@ -170,13 +179,15 @@ def _is_finished(progress: Progress, config: TrainConfig, budget: Budget) -> boo
 
 
 def _judge(
-    progress: Progress, validation_loss: float, model: nn.Module, best: dict[str, Tensor], checkpoint: Path
+    meter: "_Meter", validation_loss: float, model: nn.Module, best: dict[str, Tensor], checkpoint: Path
 ) -> None:
-    """Keeps the weights if they are the best so far. Raises InTraError if the loss is not a number.
+    """Keeps the weights if they are the best so far. Raises DivergedError if the loss is not a number.
 
     A segmenter's are kept in any case: the loss says nothing of them, and they have not seen the defects to be found.
     """
-    _refuse_nan(validation_loss, progress, checkpoint)
+    for loss in (meter.mean_loss, validation_loss):  # the first also speaks of the segmenter
+        _refuse_nan(loss, meter, checkpoint)
+    progress = meter.progress
     is_better = validation_loss < progress.best_validation_loss
     for name, value in model.state_dict().items():
         if is_better or name.startswith("segmenter."):
@@ -188,15 +199,33 @@ def _judge(
         progress.epochs_without_better += 1
 
 
-def _refuse_nan(loss: float, progress: Progress, checkpoint: Path) -> None:
+def _refuse_nan(loss: float, meter: "_Meter", checkpoint: Path) -> None:
     if not math.isfinite(loss):
-        raise InTraError(f"the loss is no longer a number at step {progress.step}; {checkpoint} holds the last good "
-                         "state, if any; train with --set train.precision=fp32 or a lower train.learning_rate")
+        raise DivergedError(f"the loss is no longer a number at step {meter.first_bad_step}; {checkpoint} holds the "
+                            "last good state, if any; train with --set train.precision=fp32 or a lower "
+                            "train.learning_rate")
+
+
+class DivergedError(InTraError):
+    """The loss is no longer a number."""
+
+
+@contextmanager
+def _divergence(progress: Progress) -> Iterator[list[str]]:
+    """Ends the training where the loss is no longer a number, and lets it raise only if no best weights are known."""
+    reasons: list[str] = []
+    try:
+        yield reasons
+    except DivergedError as error:
+        if not progress.best_step:
+            raise
+        reasons.append(str(error))
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam, or AdamW that shrinks matrices only, not biases, norms and position embeddings."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("pos_embed")]
+    """Adam, or AdamW that shrinks matrices only, not biases, norms and what belongs to a position."""
+    matrices = [p for name, p in model.named_parameters()
+                if p.ndim >= 2 and not name.startswith(("pos_embed", "mean_patches"))]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -222,7 +251,9 @@ class _Meter:
         self.unit = unit
         self.before_s = progress.elapsed_s
         self.started = self.last_report = time.monotonic()
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # since the last validation
+        self.losses_before: list[Tensor] = []  # from the validation before to the last
+        self.mean_loss = 0.0  # of losses_before
         self.last = torch.zeros(())
         self.windows = 0
 
@@ -256,9 +287,16 @@ class _Meter:
 
     def take_mean_loss(self) -> float:
         """The mean loss since the last call."""
-        mean = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
-        self.losses = []
-        return mean
+        self.mean_loss = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+        self.losses_before, self.losses = self.losses, []
+        return self.mean_loss
+
+    @property
+    def first_bad_step(self) -> int:
+        """The first step whose loss is no number: nobody looked at it then, as that would hold up a GPU."""
+        losses = torch.stack([*self.losses_before, *self.losses, self.last])[:-1]
+        bad = (~losses.isfinite()).nonzero()
+        return self.progress.step - len(losses) + int(bad[0]) + 1 if len(bad) else self.progress.step
 
 
 class _Log:
@@ -273,11 +311,10 @@ class _Log:
             kept = [row for row in rows  # a power cut may have torn a line
                     if len(row) == len(LOG_FIELDS) and row[0].isdigit() and int(row[0]) <= keep_until]
         write_atomically(self.path, "\n".join([",".join(LOG_FIELDS), *map(",".join, kept)]) + "\n")
-        try:
+        self.board: Any = None
+        with suppress(ImportError, OSError):  # it is not needed to go on
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
+
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=keep_until + 1)
 
     def write(
@@ -286,38 +323,23 @@ class _Log:
         train_loss = meter.take_mean_loss()
         row = (progress.step, progress.step // steps_per_epoch, f"{progress.elapsed_s:.2f}", f"{rate:.3e}",
                f"{train_loss:.6f}", f"{validation_loss:.6f}", f"{meter.windows_per_s:.1f}")
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerow(row)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InTraError(f"cannot write {self.path}: {error.strerror or error}; free some space, then --resume "
+                             "goes on") from error
         if self.board is not None:
-            for name, value in (("loss/train", train_loss), ("loss/validation", validation_loss),
-                                ("learning_rate", rate)):
-                self.board.add_scalar(name, value, progress.step)
+            try:
+                for name, value in (("loss/train", train_loss), ("loss/validation", validation_loss),
+                                    ("learning_rate", rate)):
+                    self.board.add_scalar(name, value, progress.step)
+            except OSError:  # its thread has failed to write; log.csv has all of it
+                self.board = None
 
     def close(self) -> None:
         if self.board is not None:
-            self.board.close()
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that no step is cut in half; a second one ends at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield stop
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-    for number in previous:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            with suppress(OSError):
+                self.board.close()

@@ -4,11 +4,12 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Shaped
@@ -17,19 +18,22 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
-from intra.data.files import name_below, sha256_of
+from intra.data.files import name_below, remove_leftovers, sha256_of
 from intra.data.folder import Category, find_category, require_enough
 from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
 from intra.errors import InTraError
-from intra.inspection.anomaly import evidence_kinds
+from intra.geometry import patchify
+from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, repair
-from intra.inspection.device import pick_device, uses_bf16
-from intra.inspection.distribution import PatchMoments
-from intra.models import build
+from intra.inspection.device import in_chunks, pick_device, uses_bf16
+from intra.inspection.distribution import PatchDistribution, PatchMoments
+from intra.inspection.setup import LEAST_GOOD, Setup
+from intra.models import InTra, build
+from intra.provenance import code_sha256
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
-from intra.training.engine import Budget, Report, fit
-from intra.training.sampler import WindowSampler, allowed_symmetries
+from intra.training.engine import IMAGES_PER_CHUNK, Budget, Report, fit
+from intra.training.sampler import WindowSampler, allowed_symmetries, mean_image
 
 __all__ = ["Run", "recalibrate", "train"]
 
@@ -95,6 +99,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         raise InTraError(f"the seed is {seed}; it must lie between 0 and {2**31 - 1}")
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
+    remove_leftovers(out)
     fingerprints = _fingerprints(category)
     if stored is None:
         config = _resolve(wanted, category)
@@ -105,6 +110,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config.model)
+    if config.model.mean_start and stored is None:
+        mean = patchify(mean_image(training)[None], config.model.patch_size)[0]
+        cast(InTra, model).start_from(mean.cpu())
     budget = _budget(config, minutes, epochs, steps, sampler.steps_per_epoch, stored)
     identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
     fitted = fit(
@@ -122,6 +130,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     }  # fmt: skip
     detector = _calibrated(model, config, training, validation, provenance, chosen, on_calibration)
     detector.save(out / MODEL_FILE)
+    if fitted.diverged:
+        raise InTraError(f"{fitted.diverged}. {out / MODEL_FILE} holds the best weights before it, of step "
+                         f"{fitted.progress.best_step} (validation loss {best_loss:.5f})")
     return Run(out, out / MODEL_FILE, fitted.progress.best_validation_loss, fitted.progress.step,
                fitted.progress.elapsed_s, fitted.interrupted)
 
@@ -307,34 +318,77 @@ def _calibrated(
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
     moments = PatchMoments(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
                            cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
+    trained_on, held_out, unseen = _examined(model, config, training, validation, kinds, moments, on_calibration)
+
+    def fitted(places: list[int]) -> PatchDistribution | None:
+        """The distribution, held against the held-out images at these places."""
+        return moments.fitted_to([each[..., places] for each in unseen]) if moments else None
+
+    def evidence(distribution: PatchDistribution | None) -> Tensor:
+        """Of the held-out images; the distribution's as the last."""
+        if distribution is None:
+            return held_out
+        found = distribution.evidence_of(unseen, config.model.image_size).cpu()
+        return torch.cat([held_out, found[:, None]], dim=1)
+
+    distribution = fitted(list(range(len(held_out))))
+    reference, scores = calibrate(evidence(distribution), trained_on if scoring.reference == "training" else None,
+                                  kinds=kinds, scoring=scoring,
+                                  refit=(lambda places: evidence(fitted(places))) if moments else None)
+    everything = torch.cat([training, validation])  # the network has no part in it: all good images count
+    setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
+    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
+                    distribution=distribution, setup=setup, device=str(device))
+
+
+def _examined(
+    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    kinds: Sequence[Evidence], moments: PatchMoments | None, on_calibration: Callable[[int, int], None] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """The evidence of training and of held-out images without the distribution's; and the held-out ones' features at
+    each scale, the training images' being added to the moments.
+    """
+    scoring = config.scoring
     learns = moments is not None or scoring.reference == "training"
     count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
+    total = count + len(validation)
+    inspected = partial(_inspected, model, config, kinds, on_calibration)
     trained_on: list[Tensor] = []
-    held_out: list[tuple[Tensor, Tensor, Tensor]] = []  # photos, repaired, evidence
-    for chunk in (*training[chosen.to(training.device)].split(8), *validation.split(8)):
-        photos = to_unit(chunk)
-        repaired, evidence = repair(model, photos, model_config=config.model, scoring=scoring, kinds=kinds)
-        if sum(map(len, trained_on)) < count:
-            trained_on.append(evidence.cpu())
-            if moments:
-                moments.add(photos, repaired)
-        else:
-            held_out.append((photos, repaired, evidence))
+    held_out: list[Tensor] = []
+    features: list[list[Tensor]] = []
+    for photos, repaired, evidence in inspected(training[chosen.to(training.device)], 0, total):
+        trained_on.append(evidence.cpu())
+        if moments:
+            moments.add(photos, repaired)
+    for photos, repaired, evidence in inspected(validation, count, total):
+        held_out.append(evidence.cpu())
+        if moments:
+            features.append(moments.features(photos, repaired))
+    unseen = [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
+    return torch.cat([held_out[0][:0], *trained_on]), torch.cat(held_out), unseen
+
+
+def _inspected(
+    model: nn.Module, config: Config, kinds: Sequence[Evidence], on_calibration: Callable[[int, int], None] | None,
+    images: Shaped[Tensor, "n c h w"], num_before: int, total: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Chunk by chunk the photos, their repaired images, and all evidence but the distribution's. Tells of progress."""
+
+    def work(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        photos = to_unit(images[start:stop])
+        return photos, *repair(model, photos, model_config=config.model, scoring=config.scoring, kinds=kinds)
+
+    for chunk in in_chunks(work, len(images), IMAGES_PER_CHUNK):
+        num_before += len(chunk[0])
+        yield chunk
         if on_calibration:
-            on_calibration(sum(map(len, trained_on)) + sum(len(each[0]) for each in held_out), count + len(validation))
-    distribution = moments.fitted([(photos, repaired) for photos, repaired, _ in held_out]) if moments else None
-    unseen = torch.cat([
-        torch.cat([evidence, distribution.evidence(photos, repaired)[:, None]], dim=1) if distribution else evidence
-        for photos, repaired, evidence in held_out]).cpu()
-    reference, scores = calibrate(unseen, torch.cat(trained_on) if scoring.reference == "training" else None,
-                                  kinds=kinds, scoring=scoring)
-    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                    distribution=distribution, device=str(device))
+            on_calibration(num_before, total)
 
 
 def _software(device: torch.device) -> dict[str, str]:
-    return {"intra": intra.__version__, "torch": torch.__version__, "python": platform.python_version(),
+    return {"intra": intra.__version__, "code_sha256": code_sha256(), "torch": torch.__version__,
+            "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "machine": platform.machine(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
 

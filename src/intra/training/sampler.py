@@ -14,7 +14,7 @@ from torch import Tensor
 from intra.data.images import to_unit
 from intra.geometry import patchify, random_windows, window_positions
 
-__all__ = ["IDENTITY", "Batch", "Symmetry", "WindowSampler", "allowed_symmetries"]
+__all__ = ["IDENTITY", "Batch", "Symmetry", "WindowSampler", "allowed_symmetries", "mean_image"]
 
 # "auto": a mean image counts as its own mirror image if they correlate by at least 0.99, or if they differ by no more
 # than a tenth of what good images vary among themselves (a texture's mean is nearly flat and correlates with nothing)
@@ -64,7 +64,7 @@ def allowed_symmetries(images: Shaped[Tensor, "n c h w"], *, flips: Switch, turn
     parts that lie anyhow, pass; an aligned part passes only for its own symmetries. Quarter turns need a square image.
     """
     square = images.shape[-1] == images.shape[-2]
-    mean = _mean(images)
+    mean = mean_image(images)
     variance = sum(float((to_unit(image) - mean).square().mean()) for image in images) / len(images)
     # the mean of n images differs from its mirror image by 2 / n of their variance even if nothing tells them apart
     tolerance = max((MIRROR_VARIANCE_SHARE + 2 / len(images)) * variance,
@@ -158,7 +158,7 @@ def _draw_seed(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:4])
 
 
-def _mean(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "c h w"]:
+def mean_image(images: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "c h w"]:
     """The mean image in [0, 1], without a float copy of the whole set."""
     total = to_unit(images[0])
     for image in images[1:]:

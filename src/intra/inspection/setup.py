@@ -1,0 +1,235 @@
+"""Whether the whole picture has changed – light, focus, pose – and not a place in it.
+
+A defect is local; a lamp, a lens or a camera that moved changes everything. A few numbers describe a photo as a whole,
+each so that a defect on a small part of it hardly moves them: medians over brightness classes and over cells, and a
+registration against the mean good photo that gives odd places little weight. What they are for good photos is
+cross-fitted, without the network, so every good photo counts, also those that trained it. docs/decisions/0011-trust.md
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from intra.data.images import to_unit
+from intra.inspection.calibration import choose_threshold, p_value
+from intra.similarity import box_blur
+
+__all__ = ["LEAST_GOOD", "Setup", "SetupCheck", "measurements"]
+
+ALARM_RATE = 0.01  # of good photos, that raise the alarm
+LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a change
+NUM_FOLDS = 10
+LEAST_GOOD = 10  # photos: the spread of fewer says little
+MEAN_SIDE = 64  # px: the longer side of the mean photo
+CLASSES = 4  # of brightness: a gamma moves the dark, an exposure the bright
+ENERGY_GRID = (32, 32)  # cells, over which sharpness is a median
+EDGE_SHARE = 4  # one of so many cells has edges
+NUM_SHARPNESS = 2
+ENERGY_FLOOR = 0.0005  # of pixels in [0, 1]: below the noise of 8 bits
+LEVELS = (16, 32, 64)  # px: the longer side at which the pose is sought, coarse to fine
+STEPS = 4  # of Gauss and Newton at each
+DAMPING = 1e-3  # of the normal matrix's mean diagonal: a round part has no angle
+LEAST_DAMPING = 1e-4  # where nothing is to be seen
+OUTLIERS_FROM = 3  # times the median difference: from there on a pixel counts less than half
+LARGEST_STEP = 0.1  # of each part of a pose
+# What nobody would call a change is added to each measurement's spread; good photos may be more alike than that.
+LEAST_TONE = 0.01  # of the range
+LEAST_SHARPNESS = 0.05  # of a logarithm
+LEAST_POSE = (0.003, 0.003, 0.005, 0.01)  # down, right (of the longer side), scale (of 1), angle (rad)
+POSES = (("shifted", "shifted"), ("shifted", "shifted"), ("nearer", "farther"), ("turned", "turned"))
+TINTED_BELOW = 0.25  # of the channel that changes most: where another changes less, or the other way
+
+
+@dataclass(frozen=True)
+class SetupCheck:
+    """Of one photo."""
+
+    score: float  # how far the oddest measurement lies from good photos, in their spreads
+    p_value: float  # (1 + good photos as far away) / (1 + good photos)
+    alarm: bool
+    reason: str  # "" without an alarm, else what has changed, in a word
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What good photos are like as a whole."""
+
+    mean: Float[Tensor, "c h w"]  # of good photos, reduced, in [0, 1]
+    centre: Float[Tensor, " q"]  # of the measurements
+    spread: Float[Tensor, " q"]
+    scores: tuple[float, ...]  # of good photos, each against the others
+
+    @classmethod
+    def of(cls, photos: Shaped[Tensor, "n c h w"]) -> "Setup":
+        """From at least LEAST_GOOD good photos, uint8 or float in [0, 1]; each fold is held against the others."""
+        if len(photos) < LEAST_GOOD:
+            raise ValueError(f"{len(photos)} good photos; expected at least {LEAST_GOOD}")
+        small = torch.cat([_small(to_unit(chunk)) for chunk in photos.split(8)])
+        fold = torch.arange(len(photos), device=photos.device) % min(NUM_FOLDS, len(photos))
+        found = small.new_zeros(len(photos), _num_measurements(photos.shape[1]))
+        for number in range(int(fold.max()) + 1):
+            mean = small[fold != number].mean(0)
+            for chunk in (fold == number).nonzero()[:, 0].split(8):
+                found[chunk] = measurements(to_unit(photos[chunk]), mean)
+        scores = small.new_zeros(len(photos))
+        for number in range(int(fold.max()) + 1):
+            centre, spread = _typical(found[fold != number])
+            scores[fold == number] = ((found[fold == number] - centre) / spread).abs().amax(1)
+        return cls(small.mean(0), *_typical(found), tuple(scores.tolist()))
+
+    @property
+    def threshold(self) -> float:
+        """A photo raises the alarm if its score is above."""
+        return max(LEAST_THRESHOLD, choose_threshold(self.scores, ALARM_RATE).value)
+
+    def to(self, device: torch.device) -> "Setup":
+        """The same on a device."""
+        return Setup(self.mean.to(device), self.centre.to(device), self.spread.to(device), self.scores)
+
+    def fits(self, image_size: tuple[int, int], channels: int) -> bool:
+        """Whether it can check images of that height, width and number of channels."""
+        size, count = _fitting(image_size, MEAN_SIDE), _num_measurements(channels)
+        return self.mean.shape == (channels, *size) and self.centre.shape == self.spread.shape == (count,)
+
+    def check(self, photos: Float[Tensor, "b c h w"]) -> list[SetupCheck]:
+        """Of photos in [0, 1], of the size that the good ones had."""
+        away = (measurements(photos, self.mean) - self.centre) / self.spread
+        threshold = self.threshold
+        return [self._verdict(one, threshold) for one in away.cpu()]
+
+    def _verdict(self, away: Float[Tensor, " q"], threshold: float) -> SetupCheck:
+        score = float(away.abs().max())
+        reason = self._reason(away, threshold) if score > threshold else ""
+        return SetupCheck(score, p_value(score, self.scores), score > threshold, reason)
+
+    def _reason(self, away: Float[Tensor, " q"], threshold: float) -> str:
+        """The first cause that shows: a part that lies elsewhere also looks darker or blurred somewhere, and a lamp may
+        blur, but not the other way round.
+        """
+        num_tones = len(away) - NUM_SHARPNESS - len(POSES)
+        tones, sharpness, pose = away.split([num_tones, NUM_SHARPNESS, len(POSES)])
+        if pose.abs().max() > threshold:
+            oddest = int(pose.abs().argmax())
+            return POSES[oddest][0 if pose[oddest] > 0 else 1]
+        if tones.abs().max() <= threshold:
+            return "sharper" if sharpness[sharpness.abs().argmax()] > 0 else "blurred"
+        channels = len(self.mean)
+        of_class = int(tones.abs().argmax()) // channels * channels
+        change = (tones * self.spread.cpu()[:num_tones])[of_class:][:channels]
+        most = change[change.abs().argmax()]
+        if float((change / most).min()) < TINTED_BELOW:
+            return "another colour"
+        return "brighter" if most > 0 else "darker"
+
+
+def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
+    """Tone of each class of brightness and channel, sharpness, and pose, of photos against good photos' mean."""
+    small = _small(photos)
+    pose = _poses(small.mean(1), mean.mean(0))
+    return torch.cat([_tones(small, _warped(mean, pose)), _sharpness(photos), pose], dim=1)
+
+
+def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    return F.adaptive_avg_pool2d(photos, _fitting((photos.shape[-2], photos.shape[-1]), MEAN_SIDE))
+
+
+def _num_measurements(channels: int) -> int:
+    return CLASSES * channels + NUM_SHARPNESS + len(POSES)
+
+
+def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Height and width with a longer side of that many px; never larger than they were."""
+    share = min(1, side / max(size))
+    return max(1, round(size[0] * share)), max(1, round(size[1] * share))
+
+
+def _tones(small: Float[Tensor, "b c i j"], mean: Float[Tensor, "b c i j"]) -> Float[Tensor, "b q"]:
+    """The median change of the pixels that are equally bright in the mean photo, which lies as the photo does: a defect
+    is less than half of them.
+    """
+    order = mean.mean(1).flatten(1).argsort(1)[:, None].expand(-1, mean.shape[1], -1)
+    change = (small - mean).flatten(2).gather(2, order)  # (B, C, pixels)
+    classes = change.tensor_split(CLASSES, dim=2)
+    return torch.cat([(part if part.shape[2] else change).median(dim=2).values for part in classes], dim=1)
+
+
+def _sharpness(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2"]:
+    """Log energy of fine detail over that of coarser detail, of the median cell and of the median one with edges. Light
+    scales both alike, and a defect changes few cells.
+    """
+    grey = photos.mean(1)
+    smooth, smoother = box_blur(grey, 3), box_blur(grey, 9)
+    fine, coarse = (F.adaptive_avg_pool2d(each.abs()[:, None] + ENERGY_FLOOR, ENERGY_GRID).flatten(1).log()
+                    for each in (grey - smooth, smooth - smoother))  # (B, cells) each
+    edges = coarse.topk(coarse.shape[1] // EDGE_SHARE, dim=1).indices
+    ratios = fine - coarse
+    return torch.stack([ratios.median(1).values, ratios.gather(1, edges).median(1).values], dim=1)
+
+
+def _poses(photos: Float[Tensor, "b i j"], mean: Float[Tensor, "i j"]) -> Float[Tensor, "b 4"]:
+    """How the photo lies against the mean: moved down and right, enlarged, and turned. Least squares with Cauchy's
+    weights, so that odd places count little, and with brightness and contrast free.
+    """
+    pose = photos.new_zeros(len(photos), 4)
+    for level in LEVELS:
+        size = _fitting((mean.shape[0], mean.shape[1]), level)
+        image, template = F.adaptive_avg_pool2d(photos, size), F.adaptive_avg_pool2d(mean[None], size)[0]
+        for _ in range(STEPS):
+            pose = pose + _pose_step(image, template, pose)
+    return pose
+
+
+def _pose_step(
+    image: Float[Tensor, "b i j"], template: Float[Tensor, "i j"], pose: Float[Tensor, "b 4"]
+) -> Float[Tensor, "b 4"]:
+    """One step of Gauss and Newton."""
+    y, x = (part - moved[:, None, None] for part, moved in zip(_places(template), pose.unbind(1), strict=False))
+    warped = _warped(template[None], pose)[:, 0]
+    inner = F.pad(warped[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    longer = max(template.shape)
+    by_y = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2
+    by_x = (inner[:, 1:-1, 2:] - inner[:, 1:-1, :-2]) * longer / 2
+    columns = torch.stack([-by_y, -by_x, -(by_y * y + by_x * x), by_x * y - by_y * x, torch.ones_like(warped),
+                           warped - warped.mean((1, 2), keepdim=True)], dim=-1).flatten(1, 2)  # (B, pixels, 6)
+    away = (image - warped).flatten(1)
+    away = away - away.median(1, keepdim=True).values
+    weight = 1 / (1 + (away / (OUTLIERS_FROM * away.abs().median(1, keepdim=True).values + LEAST_TONE)) ** 2)
+    normal = columns.transpose(1, 2) @ (weight[..., None] * columns)
+    ridge = DAMPING * normal.diagonal(dim1=1, dim2=2)[:, :4].mean(1) + LEAST_DAMPING
+    normal = normal + ridge[:, None, None] * torch.eye(6, device=image.device)
+    step = torch.linalg.solve(normal, columns.transpose(1, 2) @ (weight * away)[..., None])[:, :4, 0]
+    return step.clamp(-LARGEST_STEP, LARGEST_STEP)
+
+
+def _warped(template: Float[Tensor, "c i j"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c i j"]:
+    """The template as it lies in each pose, the border repeated."""
+    height, width = template.shape[-2:]
+    down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
+    y, x = _places(template)
+    cos, sin = angle.cos() / scale.exp(), angle.sin() / scale.exp()
+    from_y, from_x = (y - down) * cos - (x - right) * sin, (y - down) * sin + (x - right) * cos
+    where = torch.stack([2 * max(height, width) * from_x / width, 2 * max(height, width) * from_y / height], dim=-1)
+    return F.grid_sample(template.expand(len(pose), -1, -1, -1), where, mode="bilinear", padding_mode="border",
+                         align_corners=False)
+
+
+def _places(template: Float[Tensor, "*c i j"]) -> tuple[Float[Tensor, "i j"], Float[Tensor, "i j"]]:
+    """Down and right of each pixel from the middle of the picture, in longer sides."""
+    height, width = template.shape[-2:]
+    rows, cols = ((torch.arange(side, device=template.device) - (side - 1) / 2) / max(height, width)
+                  for side in (height, width))
+    down, right = torch.meshgrid(rows, cols, indexing="ij")
+    return down, right
+
+
+def _typical(found: Float[Tensor, "n q"]) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
+    """Median and spread of each measurement; a few odd photos do not widen it."""
+    centre = found.median(0).values
+    spread = 1.4826 * (found - centre).abs().median(0).values  # as a standard deviation, of normal values
+    num_tones = found.shape[1] - NUM_SHARPNESS - len(POSES)
+    least: Sequence[float] = (*[LEAST_TONE] * num_tones, *[LEAST_SHARPNESS] * NUM_SHARPNESS, *LEAST_POSE)
+    return centre, (spread**2 + spread.new_tensor(least) ** 2).sqrt()

@@ -16,7 +16,7 @@ from intra.data.images import UnreadableError, prepare, read_image
 from intra.data.layout import image_files
 from intra.errors import InTraError
 from intra.inspection.calibration import Threshold, choose_threshold
-from intra.inspection.detector import IMAGES_PER_BATCH, MODEL_FILE, Detector
+from intra.inspection.detector import IMAGES_PER_BATCH, MODEL_FILE, Detector, refuse_exported
 from intra.inspection.setup import LEAST_GOOD, Setup
 
 __all__ = ["Recalibrated", "calibrate"]
@@ -52,8 +52,10 @@ def calibrate(
         false_reject_rate: None: the one that the stored threshold was asked for.
         on_progress: called with the number of images that are done, and of all.
 
-    Raises InTraError if an image was trained on or cannot be read, or `out` is the stored model itself.
+    Raises InTraError if an image was trained on or cannot be read, `out` is the stored model itself, or `run` an
+    exported one.
     """
+    refuse_exported(run)
     target = Path(out) if Path(out).suffix == ".safetensors" else Path(out) / MODEL_FILE
     if target.resolve() in (Path(run).resolve(), (Path(run) / MODEL_FILE).resolve()):
         raise InTraError(f"{target} holds the model to start from; choose another --out")

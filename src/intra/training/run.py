@@ -25,7 +25,7 @@ from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
-from intra.inspection.detector import MODEL_FILE, Detector, repair
+from intra.inspection.detector import MODEL_FILE, Detector, refuse_exported, repair
 from intra.inspection.device import in_chunks, pick_device, uses_bf16
 from intra.inspection.distribution import PatchDistribution, PatchMoments
 from intra.inspection.setup import LEAST_GOOD, Setup
@@ -160,6 +160,7 @@ def recalibrate(
 
     Raises InTraError if a setting is none of scoring, the images are no longer those, or `out` is the run itself.
     """
+    refuse_exported(run)
     category = data if isinstance(data, Category) else find_category(data, normal=normal)
     others = [key for key in settings if not key.startswith("scoring.")]
     if others:

@@ -11,6 +11,7 @@ from typing import Any
 import intra
 from intra.data.files import name_below, sha256_of
 from intra.data.folder import find_category
+from intra.deploy.exported import EXPORT_VERSION
 from intra.errors import InTraError
 from intra.inspection.detector import Detector, model_file
 from intra.provenance import code_sha256
@@ -44,7 +45,9 @@ def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
     made, threshold = manifest["provenance"], manifest["calibration"]["threshold"]
     known = {key: made.get(key, "?") for key in ("category", "num_train", "num_validation", "seed", "intra", "torch",
                                                  "python", "device", "machine", "created", "steps", "best_step")}
-    yield f"{manifest['file']}: intact (format version {manifest['format_version']}, checksum of header and weights)"
+    version = f"export version {EXPORT_VERSION}" if "export" in manifest else (
+        f"format version {manifest['format_version']}")
+    yield f"{manifest['file']}: intact ({version}, checksum of header and weights)"
     for name, text in (
         ("sha256", manifest["sha256"]),
         ("category", known["category"]),
@@ -56,6 +59,7 @@ def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
         ("code sha256", _code(made)),
         ("created", "{created}, after {steps} steps, best at {best_step}".format(**known)),
         ("recalibrated", made.get("recalibrated", "no")),
+        ("exported", _exported(manifest.get("export"))),
         ("settings", f"preset {manifest['config'].get('preset', '?')}; each of them with --json"),
         ("calibration", f"threshold {threshold['value']:.6g} from {threshold['num_images']} held-out images: at most "
                         f"{threshold['false_reject_rate']:.2%} of good parts are rejected on average"),
@@ -78,6 +82,14 @@ def training_images_of(manifest: Mapping[str, Any], data: str | Path, *, normal:
     }
     return [f"{len(names)} {what} ({', '.join(names[:MOST_NAMED])}{', …' * (len(names) > MOST_NAMED)})"
             for what, names in groups.items() if names]
+
+
+def _exported(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "no"
+    found = record["parity"]
+    return (f"to {record['format']} in {record['precision']}; on {found['num_photos']} photos its maps differ from the "
+            f"model's own by {found['largest_difference']:.1e} of their range at most")
 
 
 def _code(made: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from intra.deploy.serve.app import create_app
 from intra.deploy.serve.guard import check_token, is_loopback
 from intra.deploy.serve.limits import Limits
 from intra.errors import InTraError
-from intra.inspection.detector import Detector
+from intra.inspection.detector import MODEL_FILE, Detector
 
 __all__ = ["bound_socket", "make_server", "run_server"]
 
@@ -34,8 +34,8 @@ def run_server(
     token = None if token is None else check_token(token)
     with bound_socket(host, port, may_be_reached=token is not None) as listener:  # first: it fails at once
         detector = Detector.load(run, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
-        path = Path(run)
-        name = path.resolve().name if path.is_dir() else path.resolve().parent.name
+        path = Path(run).resolve()
+        name = path.name if path.is_dir() else path.parent.name if path.name == MODEL_FILE else path.stem
         app = create_app(detector, name=name, token=token, limits=limits)
         server = make_server(app, limits, on_ready=partial(on_ready, _address(listener)) if on_ready else None)
         with _stopped_by_signals():

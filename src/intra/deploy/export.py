@@ -1,10 +1,9 @@
 """A trained model → one file for ONNX Runtime or OpenVINO, written only if it gives the same maps on real photos.
 
 What it may differ by is stated in TOLERANCES; what it does differ by is measured before the file is there, and travels
-in its header. docs/decisions/0010-export.md
+in its header. docs/decisions/0012-export.md
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from intra.data.files import write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
 from intra.data.images import prepare, read_image, to_unit
 from intra.deploy.export_formats import Format, Precision, in_int8, to_onnx, with_fp16_weights, write_graph
-from intra.deploy.exported import EXPORT_VERSION, load_exported
+from intra.deploy.exported import header_text, load_exported, seal
 from intra.errors import InTraError
 from intra.evaluation import metrics
 from intra.inspection.anomaly import image_score
@@ -131,13 +130,12 @@ def export(
               "versions": _versions(format)}
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / target.name
-        header = detector.info | {"export": record}
-        _write(proto, trial, header, detector.threshold)
+        _write(proto, trial, detector, record)
         found = parity(detector, load_exported(trial, device="cpu"), photos, labelled,
                        named=category.root.name if category else "built-in")
         if problems := found.problems(TOLERANCES[precision]):
             raise ParityError(f"{target} was not written: in {precision} {'; '.join(problems)}")
-        _write(proto, trial, header | {"export": record | {"parity": asdict(found)}}, detector.threshold)
+        _write(proto, trial, detector, record | {"parity": asdict(found)})
         return Exported(target, _move(trial, target) / 2**20, found)
 
 
@@ -177,9 +175,10 @@ def _in_precision(
     return proto
 
 
-def _write(proto: "onnx.ModelProto", file: Path, header: dict[str, Any], threshold: float) -> None:
-    text = json.dumps({"export_version": EXPORT_VERSION, "header": header}, sort_keys=True)
-    write_graph(proto, file, header=text, threshold=threshold)
+def _write(proto: "onnx.ModelProto", file: Path, detector: Detector, record: dict[str, Any]) -> None:
+    text = header_text(detector.info | {"export": record}, detector.setup)
+    write_graph(proto, file, header=text, threshold=detector.threshold)
+    seal(file)
 
 
 def _inspected(detector: Detector, photos: Sequence[Tensor]) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n h w"]]:

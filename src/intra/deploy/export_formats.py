@@ -119,7 +119,7 @@ def in_int8(proto: "onnx.ModelProto", photos: list[np.ndarray]) -> "onnx.ModelPr
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.left = iter(photos)
 
@@ -132,10 +132,12 @@ def in_int8(proto: "onnx.ModelProto", photos: list[np.ndarray]) -> "onnx.ModelPr
               if node.op_type in QUANTIZED and weights & set(node.input) and _of_a_network(node)]
     if not chosen:
         raise InTraError("this model has no product of a network to compute in int8; export it with --precision fp32")
+    graph = onnx.ModelProto()
+    graph.CopyFrom(proto)  # it moves the weights out of the one it gets
     with tempfile.TemporaryDirectory() as folder, _quiet():
         target = Path(folder) / "int8.onnx"
         # weights of 7 bits: two products of 8 bits overflow the sums of CPUs without VNNI
-        quantize_static(proto, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
+        quantize_static(graph, target, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_quantize=chosen)
         return onnx.load(target)
 
@@ -173,12 +175,14 @@ def _of_a_network(node: "onnx.NodeProto") -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters print progress and warn of what does not concern the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = logging.getLogger("torch.onnx"), logging.getLogger()  # the quantization warns through the root
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

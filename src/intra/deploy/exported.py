@@ -2,11 +2,15 @@
 
 The graph takes photos (B, H, W, C) of uint8 at the model's own size and a threshold, and gives the repaired images
 (B, H, W, C), the anomaly maps (B, H, W), the scores and which are above the threshold. What else the Detector needs to
-know, config, calibration and provenance, travels in the file as JSON: docs/decisions/0010-export.md
+know, config, calibration, provenance and what tells a change of the setup, travels in the file as JSON, and a checksum
+of the whole: docs/decisions/0012-export.md
 """
 
+import base64
+import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +19,27 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from
+from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
 from intra.config import Config
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference
 from intra.inspection.calibration import Threshold, moved_threshold
-from intra.inspection.detector import Detector
+from intra.inspection.detector import SETUP_TENSORS, Detector, stored_setup
+from intra.inspection.setup import Setup
 
-__all__ = ["EXPORT_VERSION", "METADATA_KEY", "OUTPUTS", "ExportedDetector", "extra_installed", "load_exported"]
+__all__ = ["EXPORT_VERSION", "METADATA_KEY", "OUTPUTS", "ExportedDetector", "extra_installed", "header_text",
+           "load_exported", "seal"]
 
 EXPORT_VERSION = 1  # of inputs, outputs and header; other versions are refused
 METADATA_KEY = "intra"  # of ONNX's metadata_props and OpenVINO's rt_info
 OUTPUTS = ("repaired", "anomaly_map", "score", "is_anomalous")
 LEVELS = 255  # of a pixel: the graph takes 8 bits
+SEAL = re.compile(rb"intra-sha256-[0-9a-f]{64}")  # the checksum, where no format escapes or compresses it
+OPEN_SEAL = "intra-sha256-" + 64 * "0"  # what stands there while the checksum is taken
 
 
 @runtime_checkable
@@ -46,11 +57,11 @@ class ExportedDetector(Detector):
 
     def __init__(
         self, graph: Graph, config: Config, *, held_out_scores: list[float], provenance: dict[str, Any],
-        export: dict[str, Any], threshold: Threshold,
+        export: dict[str, Any], threshold: Threshold, setup: Setup | None,
     ) -> None:  # fmt: skip
         in_the_graph = Reference(torch.zeros(0, *config.model.image_size), None)
         super().__init__(nn.Identity(), config, reference=in_the_graph, held_out_scores=held_out_scores,
-                         provenance=provenance, threshold=threshold, device="cpu")
+                         provenance=provenance, setup=setup, threshold=threshold, device="cpu")
         self.graph = graph
         self.export = export
 
@@ -87,36 +98,74 @@ def load_exported(
         raise InTraError(f"device is {device!r}; an exported model runs on the CPU here: pass --device cpu, or load "
                          "the run that it was made of")
     graph: Graph = _OnnxGraph(file) if file.suffix.lower() == ".onnx" else _OpenVinoGraph(file)
-    header = _header(file, graph.metadata)
+    header, packed = _header(file, graph.metadata)
+    if not _is_intact(file):
+        raise InTraError(f"{file} is damaged: its content does not match its checksum; export or copy it again")
     try:
         config = Config.from_dict(header["config"])
         config.check_grid()
         scores = [float(score) for score in header["calibration"]["held_out_scores"]]
         stored = Threshold(**header["calibration"]["threshold"])
         provenance, export = dict(header["provenance"]), dict(header["export"])
+        tensors = tensors_from(base64.b64decode(packed)) if packed else {}
+        setup = stored_setup(config, tensors, header["calibration"]["setup_scores"])
         is_finite = all(math.isfinite(number) for number in (stored.value, *scores))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise InTraError(f"{file} does not hold what its header says ({error}); export or copy it again") from error
     if not is_finite:
         raise InTraError(f"{file} has a threshold or a score that is no number; export or copy it again")
     chosen = moved_threshold(stored, scores, threshold=threshold, false_reject_rate=false_reject_rate)
     return ExportedDetector(graph, config, held_out_scores=scores, provenance=provenance, export=export,
-                            threshold=chosen)
+                            threshold=chosen, setup=setup)
 
 
-def _header(file: Path, metadata: str | None) -> dict[str, Any]:
-    """Config, calibration and provenance. Raises InTraError where a file has none, or another version's."""
+def header_text(info: dict[str, Any], setup: Setup | None) -> str:
+    """What an exported model says of itself; `seal` the file that it was put in."""
+    parts = {f"setup.{name}": getattr(setup, name) for name in SETUP_TENSORS} if setup else {}
+    packed = base64.b64encode(bytes_of({name: part.cpu().contiguous() for name, part in parts.items()})).decode()
+    return json.dumps({"export_version": EXPORT_VERSION, "seal": OPEN_SEAL, "header": info,
+                       "setup": packed if setup else None}, sort_keys=True)  # fmt: skip
+
+
+def seal(file: Path) -> None:
+    """Puts the checksum of an exported model, its .bin included, into its header: a .bin of another export, or a bit
+    that has changed, would give other scores and no error.
+    """
+    content, count = SEAL.subn(OPEN_SEAL.encode(), file.read_bytes())
+    assert count == 1, "one header"
+    file.write_bytes(content.replace(OPEN_SEAL.encode(), _seal_of(content, file)))
+
+
+def _is_intact(file: Path) -> bool:
+    content = file.read_bytes()
+    stated = SEAL.search(content)
+    return stated is not None and stated[0] == _seal_of(SEAL.sub(OPEN_SEAL.encode(), content), file)
+
+
+def _seal_of(content: bytes, file: Path) -> bytes:
+    digest = hashlib.sha256(content)
+    weights = file.with_suffix(".bin")
+    if file.suffix.lower() == ".xml" and weights.is_file():
+        with weights.open("rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return f"intra-sha256-{digest.hexdigest()}".encode()
+
+
+def _header(file: Path, metadata: str | None) -> tuple[dict[str, Any], str | None]:
+    """Config, calibration and provenance; and the setup. Raises InTraError where a file has none, or another
+    version's.
+    """
     if metadata is None:
         raise InTraError(f"{file} is no model of intra's; make one with `intra export`")
     try:
         envelope = json.loads(metadata)
-        export_version, header = envelope["export_version"], dict(envelope["header"])
+        export_version, header, setup = envelope["export_version"], dict(envelope["header"]), envelope["setup"]
     except (KeyError, TypeError, ValueError) as error:
         raise InTraError(f"{file} is damaged: its header cannot be read ({error}); export or copy it again") from error
     if export_version != EXPORT_VERSION:
         raise InTraError(f"{file} has export version {export_version}; this intra reads version {EXPORT_VERSION}; "
                          "export its run again")
-    return header
+    return header, setup
 
 
 @contextmanager

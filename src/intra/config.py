@@ -199,6 +199,7 @@ class ScoringConfig:
     distribution_scales: tuple[int, ...] = (1, 4)  # the images are reduced by these factors for the distribution
     num_filters: int = 14  # principal components of the photos that describe a cell; with two of colour 64 features
     cell_size: int = 8  # px: side of the cells at which the distribution is known
+    num_modes: int = 16  # at most: joint changes of all cells, such as light and pose, that a place is judged without
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
@@ -214,6 +215,7 @@ class ScoringConfig:
             found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
         found += _outside(self, 1, 64, "num_filters")
         found += _outside(self, 1, 1024, "cell_size")
+        found += _outside(self, 0, 256, "num_modes")
         found += _unfit_scales("scoring.distribution_scales", self.distribution_scales)
         for name in ("difference_weight", "distribution_weight", "segmenter_weight"):
             if getattr(self, name) < 0:

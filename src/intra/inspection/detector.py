@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from intra.similarity import box_blur
 
 __all__ = ["FORMAT_VERSION", "MODEL_FILE", "Defect", "Detector", "Prediction", "model_file", "repair"]
 
-FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
+FORMAT_VERSION = 4  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
-DISTRIBUTION_TENSORS = ("filters", "mean", "whitening")  # of each scale, in the model file
+DISTRIBUTION_TENSORS = tuple(each.name for each in fields(ScaleDistribution))  # of each scale, in the model file
 SETUP_TENSORS = ("mean", "centre", "spread")
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
@@ -299,12 +299,13 @@ def _distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistributi
     parts = []
     for index, _ in enumerate(scoring.distribution_scales):
         part = ScaleDistribution(*(tensors.pop(f"distribution.{index}.{name}") for name in DISTRIBUTION_TENSORS))
-        width = part.num_features
-        if part.mean.shape != (grid[0] * grid[1], width) or part.whitening.shape != (*part.mean.shape, width) or (
+        places, width = grid[0] * grid[1], part.num_features
+        if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
+                part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 part.filters.ndim != 4 or part.filters.shape[1] != model.channels):
             raise ValueError("a distribution of another size than the image's")
         if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (
-                part.filters, part.mean, part.whitening)):
+                part.filters, part.mean, part.std, part.modes, part.whitening)) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
     return PatchDistribution(grid, scoring.distribution_scales, tuple(parts))

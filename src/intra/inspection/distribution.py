@@ -4,12 +4,12 @@ The paper describes photo and repaired image at a place by one number, their dif
 good images. Here a short vector describes both, and its mean *and covariance* over good images are kept for every
 place: which changes go together, and which never happen, is known from good images alone. A Gaussian of features at
 each place is PaDiM's (Defard et al. 2021), there of a pretrained network's features; ours are principal components of
-the photos themselves. docs/decisions/0009-distribution.md
+the photos themselves. What all places do together from one good image to the next – light, exposure, contrast, pose –
+is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from intra.data.images import to_unit
 from intra.similarity import reduced
 
-__all__ = ["PatchDistribution", "PatchMoments", "ScaleDistribution", "cell_grid"]
+__all__ = ["GoodPatches", "PatchDistribution", "PatchFeatures", "ScaleDistribution", "cell_grid"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
 NUM_PIECES = 20_000  # from which they are computed
@@ -29,6 +29,10 @@ LEAST_STD = 1e-3  # of a filter's response, pixels in [0, 1]: below the noise of
 # Energies are in units of the response's standard deviation. Their logarithm makes too little stand out as much as too
 # much: where a piece is missing or wiped, there is too little of everything.
 ENERGY_FLOOR = 0.01
+# Responses count linearly below that, in the same unit, and by their logarithm above: light that is twice as strong
+# moves all of them by the same, and is one mode.
+KNEE = 0.3
+IMAGES_PER_MODE = 8  # at least
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
@@ -43,7 +47,9 @@ class ScaleDistribution:
 
     filters: Float[Tensor, "m c k k"]  # of unit standard deviation over good photos
     mean: Float[Tensor, "cells d"]
-    whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance
+    std: Float[Tensor, " d"]  # the unit of each feature
+    modes: Float[Tensor, "cells d modes"]  # of unit length: how all cells change together from good image to image
+    whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance of what the modes leave
 
     @property
     def num_features(self) -> int:
@@ -52,7 +58,8 @@ class ScaleDistribution:
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         """The squared Mahalanobis distances, divided by D: about 1 for good images."""
-        return (self.whitening @ (features - self.mean[..., None])).square().mean(1)
+        away = (features - self.mean[..., None]) / self.std[:, None]
+        return (self.whitening @ _without(self.modes, away)).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,16 @@ class PatchDistribution:
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as for `add`."""
+        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as those it was
+        fitted to.
+        """
         features = [_features(photos, repaired, part.filters, scale, self.grid)
                     for scale, part in zip(self.scales, self.parts, strict=True)]
         return self.evidence_of(features, (photos.shape[-2], photos.shape[-1]))
 
     def evidence_of(self, features: Sequence[Float[Tensor, "cells d b"]], size: tuple[int, int]
                     ) -> Float[Tensor, "b h w"]:  # fmt: skip
-        """The same from what `PatchMoments.features` made of images of that height and width."""
+        """The same from what `PatchFeatures` made of images of that height and width."""
         total = sum(part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True))
         assert isinstance(total, Tensor)
         maps = total.T.unflatten(1, self.grid)
@@ -81,13 +90,13 @@ class PatchDistribution:
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
-        parts = (ScaleDistribution(part.filters.to(device), part.mean.to(device), part.whitening.to(device))
+        parts = (ScaleDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
                  for part in self.parts)
         return PatchDistribution(self.grid, self.scales, tuple(parts))
 
 
-class PatchMoments:
-    """Gathers the features of good images, chunk by chunk; `fitted` turns them into their distribution.
+class PatchFeatures:
+    """Describes images at each scale and cell.
 
     Args:
         photos: good images, uint8 or float in [0, 1], whose principal components become the filters.
@@ -100,91 +109,74 @@ class PatchMoments:
         self.grid = cell_grid((photos.shape[-2], photos.shape[-1]), cell_size)
         self.scales = scales
         self.filters = [_principal_filters(photos, scale, num_filters, seed) for scale in scales]
-        self._sums: list[_Sums | None] = [None] * len(scales)
 
-    def empty(self) -> "PatchMoments":
-        """The same filters and cells, without any image."""
-        other = copy.copy(self)
-        other._sums = [None] * len(self.scales)
-        return other
-
-    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None) -> None:
-        """Good images, with their repaired images, in [0, 1]; with None everywhere the photos alone are described."""
-        self.add_features(self.features(photos, repaired))
-
-    def features(
+    def __call__(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> list[Float[Tensor, "cells d b"]]:
-        """What images are to the distribution, at each scale: for those that are used several times."""
+        """Of images and their repaired images in [0, 1], at each scale; with None the photos alone are described."""
         return [_features(photos, repaired, filters, scale, self.grid)
                 for scale, filters in zip(self.scales, self.filters, strict=True)]
 
-    def add_features(self, features: Sequence[Float[Tensor, "cells d b"]]) -> None:
-        """Good images by their features."""
-        for index, each in enumerate(features):
-            self._sums[index] = sums = self._sums[index] or _Sums(each.mean(2, keepdim=True))
-            sums.add(each)
 
-    def merge(self, other: "PatchMoments") -> None:
-        """Also what another one, made by `empty` of the same, has gathered."""
-        for index, theirs in enumerate(other._sums):
-            if theirs is not None:
-                self._sums[index] = sums = self._sums[index] or theirs.empty()
-                sums.merge(theirs)
+class GoodPatches:
+    """What the features of the good images that were trained on have in common: mean, modes and covariance.
 
-    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor | None]]) -> PatchDistribution:
-        """The distribution, held against good images that were not trained on, chunks of photos and repaired images:
-        they say how much more a feature spreads on new images, and by their likelihood how far each place's covariance
-        shrinks towards that of all.
+    Args:
+        describe: what made the features.
+        features: of n good images, at each scale.
+        num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
+    """
+
+    def __init__(
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "cells d n"]], *, num_modes: int
+    ) -> None:
+        self.describe = describe
+        self._moments = [_moments(each, num_modes) for each in features]
+
+    def fitted(self, held_out: Sequence[Float[Tensor, "cells d n"]]) -> PatchDistribution:
+        """The distribution, held against the features of good images that were not trained on: they say how much more
+        a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
+        of all.
         """
-        chunks = [self.features(*chunk) for chunk in held_out]
-        return self.fitted_to([torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)])
-
-    def fitted_to(self, held_out: Sequence[Float[Tensor, "cells d b"]]) -> PatchDistribution:
-        """The same, held against images by their features at each scale."""
         parts = []
-        for filters, sums, unseen in zip(self.filters, self._sums, held_out, strict=True):
-            assert sums is not None, "no image was added"
-            mean, covariance = sums.moments()
-            away = unseen - mean[..., None]
-            spread = away.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
+        for filters, (mean, std, modes, covariance), unseen in zip(
+            self.describe.filters, self._moments, held_out, strict=True
+        ):
+            left = _without(modes, (unseen - mean[..., None]) / std[:, None])
+            spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
-            covariance = covariance * wider[:, None] * wider
-            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), away) for share in SHRINKAGES),
-                               key=lambda each: each[0])
-            parts.append(ScaleDistribution(filters, mean, whitening))
-        return PatchDistribution(self.grid, self.scales, tuple(parts))
+            whitening = _whitening(covariance * wider[:, None] * wider, left)
+            parts.append(ScaleDistribution(filters, mean, std, modes, whitening))
+        return PatchDistribution(self.describe.grid, self.describe.scales, tuple(parts))
 
 
-class _Sums:
-    """First and second moments of each cell's features about a point near their mean: far numbers cancel badly."""
+def _moments(
+    features: Float[Tensor, "cells d n"], num_modes: int
+) -> tuple[Float[Tensor, "cells d"], Float[Tensor, " d"], Float[Tensor, "cells d modes"], Float[Tensor, "cells d d"]]:
+    """Mean; standard deviation of each feature at a place; modes, and the covariance of what they leave, in its units.
 
-    def __init__(self, shift: Float[Tensor, "cells d 1"]) -> None:
-        self.shift = shift
-        self.count = 0
-        self.first = torch.zeros_like(shift)
-        self.second = shift.new_zeros(*shift.shape[:2], shift.shape[1])
+    The modes are the first principal components of all cells' features together, from the n x n matrix of their inner
+    products.
+    """
+    mean = features.mean(2)
+    away = features - mean[..., None]
+    count = features.shape[2]
+    variance = away.square().sum(2).mean(0) / max(1, count - 1)
+    std = (variance + LEAST_VARIANCE).sqrt()
+    away = away / std[:, None]
+    flat = away.flatten(0, 1)
+    lengths, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
+    first = slice(count - min(num_modes, count // IMAGES_PER_MODE), count)
+    modes = flat @ (directions[:, first] / lengths[first].clamp(min=LEAST_VARIANCE).sqrt())
+    modes = modes.unflatten(0, away.shape[:2])
+    left = _without(modes, away)
+    return mean, std, modes, left @ left.transpose(1, 2) / max(1, count - 1)
 
-    def add(self, features: Float[Tensor, "cells d b"]) -> None:
-        away = features - self.shift
-        self.count += features.shape[2]
-        self.first += away.sum(2, keepdim=True)
-        self.second += away @ away.transpose(1, 2)
 
-    def empty(self) -> "_Sums":
-        return _Sums(self.shift)
-
-    def merge(self, other: "_Sums") -> None:
-        away = other.shift - self.shift  # theirs are sums about another point
-        across = other.first @ away.transpose(1, 2)
-        self.count += other.count
-        self.first += other.first + other.count * away
-        self.second += other.second + across + across.transpose(1, 2) + other.count * away @ away.transpose(1, 2)
-
-    def moments(self) -> tuple[Float[Tensor, "cells d"], Float[Tensor, "cells d d"]]:
-        mean = self.first / self.count
-        covariance = (self.second - self.count * mean @ mean.transpose(1, 2)) / max(1, self.count - 1)
-        return (mean + self.shift)[..., 0], covariance
+def _without(modes: Float[Tensor, "cells d modes"], away: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
+    """What lies across the modes."""
+    flat = modes.flatten(0, 1)
+    return away - modes @ (flat.T @ away.flatten(0, 1))
 
 
 def cell_grid(image_size: tuple[int, int], cell_size: int) -> tuple[int, int]:
@@ -192,22 +184,30 @@ def cell_grid(image_size: tuple[int, int], cell_size: int) -> tuple[int, int]:
     return max(1, round(image_size[0] / cell_size)), max(1, round(image_size[1] / cell_size))
 
 
-def _surprise_and_whitening(
-    covariance: Float[Tensor, "cells d d"], away: Float[Tensor, "cells d b"]
-) -> tuple[float, Float[Tensor, "cells d d"]]:
-    """The mean negative log-density of features, given as they lie from the mean, without its constant; the W of a
-    ScaleDistribution.
+def _whitening(
+    covariance: Float[Tensor, "cells d d"], unseen: Float[Tensor, "cells d b"]
+) -> Float[Tensor, "cells d d"]:
+    """The W of a ScaleDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
+    mean.
+
+    All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
+    root of (1 - s)A + sB is ((1 - s)Λ + s)^-½ QᵀL⁻¹.
     """
-    root = torch.linalg.cholesky(covariance)
-    whitening = torch.linalg.solve_triangular(root, torch.eye(root.shape[-1]).to(root).expand_as(root), upper=False)
-    squares = (whitening @ away).square().sum(1).mean()
-    return float(squares / 2 - whitening.diagonal(dim1=1, dim2=2).log().sum(1).mean()), whitening
-
-
-def _shrunk(covariance: Float[Tensor, "cells d d"], shrinkage: float) -> Float[Tensor, "cells d d"]:
     shared = covariance.mean(0)
-    floor = DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE
-    return (1 - shrinkage) * covariance + shrinkage * shared + floor.diag()
+    floor = (DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE).diag()
+    root = torch.linalg.inv(torch.linalg.cholesky(shared + floor))
+    spectrum, directions = torch.linalg.eigh(root @ (covariance + floor) @ root.T)
+    aligned = directions.transpose(1, 2) @ root
+    squares = (aligned @ unseen).square().mean(2)  # (cells, D)
+
+    def shrunk(share: float) -> Float[Tensor, "cells d"]:
+        return (1 - share) * spectrum.clamp(min=0) + share
+
+    def surprise(share: float) -> float:
+        """The mean negative log-density, but for its constant."""
+        return float((squares / shrunk(share) + shrunk(share).log()).sum(1).mean() / 2)
+
+    return aligned / shrunk(min(SHRINKAGES, key=surprise)).sqrt()[..., None]
 
 
 def _features(
@@ -216,11 +216,15 @@ def _features(
 ) -> Float[Tensor, "cells d b"]:  # fmt: skip
     """The four features of each filter at each cell; two without a repaired image."""
     own = _responses(photos, filters, scale)
-    parts = [_pooled(own, grid), _log_energy(own, grid)]
+    parts = [_compressed(own, grid), _log_energy(own, grid)]
     if repaired is not None:
         others = _responses(repaired, filters, scale)
-        parts += [_pooled(others, grid), _log_energy(own - others, grid)]
+        parts += [_compressed(others, grid), _log_energy(own - others, grid)]
     return torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0)
+
+
+def _compressed(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:
+    return (_pooled(responses, grid) / KNEE).asinh()
 
 
 def _log_energy(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:

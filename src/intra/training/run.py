@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
+from intra.data.cache import cached_set
 from intra.data.files import name_below, remove_leftovers, sha256_of
 from intra.data.folder import Category, find_category, require_enough
-from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
+from intra.data.images import auto_channels, auto_image_size, in_threads, read_info, to_unit
 from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Evidence, evidence_kinds
@@ -104,7 +105,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         config = _resolve(wanted, category)
     else:
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
-    training, validation = (images.to(chosen) for images in _read_split(category, config, seed))
+    training, validation = (images.to(chosen) for images in _read_split(category, config, seed, fingerprints))
     sampler = _sampler(training, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -173,7 +174,8 @@ def recalibrate(
                          "or train anew")
     config = loaded.config.with_settings(settings)
     config.check_grid()
-    training, validation = (images.to(loaded.device) for images in _read_split(category, config, known["seed"]))
+    training, validation = (images.to(loaded.device) for images in _read_split(
+        category, config, known["seed"], known["training_images"]))
     provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
                                            "intra": intra.__version__, "settings": dict(settings)}}
     _calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration).save(target)
@@ -240,14 +242,16 @@ def _resumed(
 
 def _fingerprints(category: Category) -> dict[str, str]:
     """The SHA-256 of every good image, by its path below the category."""
-    return {name_below(path, category.root): sha256_of(path) for path in category.train}
+    hashes = in_threads(sha256_of, category.train)
+    return {name_below(path, category.root): found for path, found in zip(category.train, hashes, strict=True)}
 
 
 def _read_split(
-    category: Category, config: Config, seed: int
+    category: Category, config: Config, seed: int, fingerprints: Mapping[str, str]
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
     """The good images that train, and those held out. Raises InTraError if there are too few for the settings."""
-    images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
+    images = cached_set(category.train, fingerprints.values(), size=config.model.image_size,
+                        channels=config.model.channels)
     train_index, validation_index = _split(len(images), config, seed)
     if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
         raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "

@@ -381,8 +381,7 @@ def _models(folder: Path) -> dict[str, bytes]:
     kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
     reference = Reference(torch.rand(len(kinds), 24, 24), None, torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
     photos = torch.rand(4, 3, 24, 24)
-    describe = PatchFeatures(photos, scales=config.scoring.distribution_scales,
-                             num_filters=config.scoring.num_filters, cell_size=config.scoring.cell_size, seed=0)
+    describe = PatchFeatures.of(photos, scoring=config.scoring, seed=0)
     features = describe(photos, photos)
     good = GoodPatches(describe, features, num_modes=config.scoring.num_modes)
     Detector(model, config, reference=reference, distribution=good.fitted(features),

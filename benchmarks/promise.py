@@ -55,8 +55,7 @@ class Split:
     def __init__(self, photos: Tensor, rng: np.random.Generator, size: int) -> None:
         order = torch.from_numpy(rng.permutation(len(photos)))
         half, self.size = len(photos) // 2, (size, size)
-        describe = PatchFeatures(photos[order[:half]], scales=SCORING.distribution_scales,
-                                 num_filters=SCORING.num_filters, cell_size=SCORING.cell_size, seed=0)
+        describe = PatchFeatures.of(photos[order[:half]], scoring=SCORING, seed=0)
 
         def features(part: Tensor) -> list[Tensor]:
             chunks = [describe(to_unit(chunk), None) for chunk in part.split(8)]

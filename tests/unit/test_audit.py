@@ -47,7 +47,7 @@ def test_odd_photos_come_first_and_are_shown_where_they_are_odd() -> None:
 def test_a_photo_has_no_say_in_its_own_score() -> None:
     """The distribution of a fold is that of the kept photos of the others."""
     photos, kept = planted(20), torch.arange(20) != 7
-    describe = PatchFeatures(photos, scales=(1,), num_filters=4, cell_size=8, seed=0)
+    describe = PatchFeatures.of(photos, scoring=SCORING, seed=0)
     features = describe(photos / 255, None)
     for fold, distribution in enumerate(_cross_fitted(describe, features, kept, 5, 16)):
         others = features[0][..., kept & (torch.arange(20) % 5 != fold)]

@@ -1,12 +1,15 @@
 """The distribution of good patches: what it finds, what it costs, and where it must not break."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import SHRINKAGES, GoodPatches, PatchFeatures, _moments, _whitening, cell_grid
+from intra.inspection.distribution import SHRINKAGES, GoodPatches, PatchFeatures, _moments, _whitening, cell_grids
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,8 +29,12 @@ def blurred(photos: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(photos, 5, stride=1, padding=2, count_include_pad=False)
 
 
-def fitted(photos: torch.Tensor, held_out: torch.Tensor, *, num_modes: int = 16):
-    describe = PatchFeatures(photos, scales=(1, 4), num_filters=8, cell_size=8, seed=0)
+def described(photos: torch.Tensor, **settings: object) -> PatchFeatures:
+    return PatchFeatures.of(photos, scoring=replace(ScoringConfig(), **settings), seed=0)
+
+
+def fitted(photos: torch.Tensor, held_out: torch.Tensor, *, num_modes: int = 16, **settings: object):
+    describe = described(photos, num_filters=8, **settings)
     good = GoodPatches(describe, describe(photos, blurred(photos)), num_modes=num_modes)
     return good.fitted(describe(held_out, blurred(held_out)))
 
@@ -61,7 +68,8 @@ def displaced(photos: torch.Tensor) -> torch.Tensor:
     (wiped, slice(18, 38), slice(38, 58)), (scratched, slice(24, 26), slice(10, 38)),
     (displaced, slice(18, 38), slice(2, 22)),
 ])  # fmt: skip
-def test_what_never_happens_stands_out_where_it_is(distribution, defect, rows, cols):
+def test_what_never_happens_stands_out_where_it_is(defect, rows, cols):
+    distribution = fitted(striped(60), striped(12, seed=50), cell_sizes=(8,))
     good = striped(10, seed=90)
     bad = defect(good)
     clean, found = distribution.evidence(good, blurred(good)), distribution.evidence(bad, blurred(bad))
@@ -80,12 +88,26 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    for part, scale in zip(distribution.parts, distribution.scales, strict=True):
-        assert part.mean.shape == (64, 4 * (8 + 2))  # 8 components and two colours
-        assert scale in (1, 4)
+    assert [part.mean.shape for part in distribution.parts] == 2 * [(64, 40), (4, 40)]  # 8 components and two colours
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
-    assert evidence.mean() == pytest.approx(2 * np.log(2), rel=0.4)  # of log(1 + 1) at each of two scales
+    assert evidence.mean() == pytest.approx(4 * np.log(2), rel=0.4)  # of log(1 + 1) at two scales over two grids
+
+
+def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
+    """Each small cell is within what it does in good photos; that all do so together is not."""
+    photos, held_out = noise(60, 1, 64, 64), noise(12, 1, 64, 64, seed=5)
+
+    def contrast(*cell_sizes: int) -> float:
+        describe = described(photos, distribution_scales=(1,), num_filters=4, cell_sizes=cell_sizes)
+        distribution = GoodPatches(describe, describe(photos, photos), num_modes=0).fitted(describe(held_out, held_out))
+        good = noise(30, 1, 64, 64, seed=9)
+        bad = good.clone()
+        bad[..., :32] = 0.5 + 0.9 * (bad[..., :32] - 0.5)  # a little fainter
+        clean, found = (distribution.evidence(each, each)[..., :32].mean((1, 2)) for each in (good, bad))
+        return float((found.mean() - clean.mean()) / clean.std())
+
+    assert contrast(8, 32) > 2 * abs(contrast(8))
 
 
 def test_light_that_changes_everywhere_is_no_defect():
@@ -145,7 +167,7 @@ def test_few_images_share_their_covariance_and_many_need_not():
     """Photos that are alike at all places: with few of them the places' own covariances are mere noise."""
     def difference(count: int) -> float:
         photos, held_out = noise(count, 1, 64, 64), noise(20, 1, 64, 64, seed=9)
-        describe = PatchFeatures(photos, scales=(1,), num_filters=4, cell_size=8, seed=0)
+        describe = described(photos, distribution_scales=(1,), cell_sizes=(8,), num_filters=4)
         good = GoodPatches(describe, describe(photos, photos), num_modes=0)
         found = good.fitted(describe(held_out, held_out)).parts[0].whitening
         inverse = found.transpose(1, 2) @ found
@@ -161,7 +183,7 @@ def test_few_images_share_their_covariance_and_many_need_not():
 ])  # fmt: skip
 def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
     unit = to_unit(photos)
-    describe = PatchFeatures(photos, scales=(1, 4), num_filters=16, cell_size=8, seed=0)
+    describe = described(photos, num_filters=16)
     found = GoodPatches(describe, describe(unit, unit), num_modes=16).fitted(describe(unit[:1], unit[:1]))
     evidence = found.evidence(1 - unit, unit)
     assert evidence.shape == (len(unit), *unit.shape[-2:])
@@ -169,5 +191,4 @@ def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
 
 
 def test_a_grid_has_a_cell_at_least():
-    assert cell_grid((256, 240), 8) == (32, 30)
-    assert cell_grid((3, 5), 8) == (1, 1)
+    assert cell_grids((3, 5), (8, 1)) == ((1, 1), (3, 5))

@@ -44,8 +44,7 @@ def audit_photos(
     `on_progress` is called with the number of photos that have been described, and of all.
     """
     num_folds = min(NUM_FOLDS, len(photos))
-    describe = PatchFeatures(photos, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
-                             cell_size=scoring.cell_size, seed=seed)
+    describe = PatchFeatures.of(photos, scoring=scoring, seed=seed)
     chunks = []
     for chunk in photos.split(PHOTOS_PER_BATCH):
         chunks.append(describe(to_unit(chunk), None))
@@ -58,13 +57,13 @@ def audit_photos(
         scores = torch.empty(len(photos))
         for fold, distribution in enumerate(distributions):
             own = [each[..., fold::num_folds] for each in features]
-            scores[fold::num_folds] = distribution.evidence_of(own, describe.grid).amax((1, 2))
+            scores[fold::num_folds] = distribution.evidence_of(own, describe.grids[0]).amax((1, 2))
         kept = scores <= scores.quantile(KEPT_SHARE)
     return Audit(tuple(scores.tolist()), distributions)
 
 
 def _cross_fitted(
-    describe: PatchFeatures, features: Sequence[Float[Tensor, "cells d n"]], kept: Bool[Tensor, " n"], num_folds: int,
+    describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], kept: Bool[Tensor, " n"], num_folds: int,
     num_modes: int,
 ) -> tuple[PatchDistribution, ...]:  # fmt: skip
     """A distribution for each fold, from the kept photos of all others, held against those of the fold itself."""

@@ -9,17 +9,18 @@ is taken off before: a place is judged given its image. docs/decisions/0009-dist
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from intra.config import ScoringConfig
 from intra.data.images import to_unit
 from intra.similarity import reduced
 
-__all__ = ["GoodPatches", "PatchDistribution", "PatchFeatures", "ScaleDistribution", "cell_grid"]
+__all__ = ["CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures", "cell_grids"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
 NUM_PIECES = 20_000  # from which they are computed
@@ -39,22 +40,46 @@ LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images
 
 
 @dataclass(frozen=True)
-class ScaleDistribution:
-    """At one scale. A cell has four features for each of m filters: the photo's response and the logarithm of its
-    energy, the repaired image's response, and the logarithm of the energy of what it changes; without a repaired image
-    the first two.
+class PatchFeatures:
+    """Describes images at several scales, each over the same grids of cells.
+
+    A cell has four features for each of m filters: the photo's response and the logarithm of its energy, the repaired
+    image's response, and the logarithm of the energy of what it changes; without a repaired image the first two.
     """
 
-    filters: Float[Tensor, "m c k k"]  # of unit standard deviation over good photos
+    scales: tuple[int, ...]  # factors by which the images are reduced
+    grids: tuple[tuple[int, int], ...]  # rows and cols of cells, the finest first
+    filters: tuple[Float[Tensor, "m c k k"], ...]  # at each scale, of unit standard deviation over good photos
+
+    @classmethod
+    def of(cls, photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int) -> "PatchFeatures":
+        """From good images, uint8 or float in [0, 1], whose principal components become the filters."""
+        return cls(scoring.distribution_scales, cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes),
+                   tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
+                         for scale in scoring.distribution_scales))
+
+    def __call__(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> list[Float[Tensor, "_ d b"]]:
+        """Of images and their repaired images in [0, 1], at each scale over each grid; with None the photos alone are
+        described.
+        """
+        return [each for scale, filters in zip(self.scales, self.filters, strict=True)
+                for each in _features(photos, repaired, filters, scale, self.grids)]
+
+    def to(self, device: torch.device) -> "PatchFeatures":
+        """The same on a device."""
+        return replace(self, filters=tuple(each.to(device) for each in self.filters))
+
+
+@dataclass(frozen=True)
+class CellDistribution:
+    """The Gaussian of the features, of which a cell has D, at one scale over one grid."""
+
     mean: Float[Tensor, "cells d"]
     std: Float[Tensor, " d"]  # the unit of each feature
     modes: Float[Tensor, "cells d modes"]  # of unit length: how all cells change together from good image to image
     whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance of what the modes leave
-
-    @property
-    def num_features(self) -> int:
-        """D, of a cell with its repaired image."""
-        return 4 * len(self.filters)
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         """The squared Mahalanobis distances, divided by D: about 1 for good images."""
@@ -64,58 +89,34 @@ class ScaleDistribution:
 
 @dataclass(frozen=True)
 class PatchDistribution:
-    """At several scales, over the same grid of cells."""
+    """What describes images, and the Gaussian of each of the features that it gives."""
 
-    grid: tuple[int, int]  # rows and cols of cells
-    scales: tuple[int, ...]  # factors by which the images are reduced
-    parts: tuple[ScaleDistribution, ...]  # one for each scale
+    describe: PatchFeatures
+    parts: tuple[CellDistribution, ...]
 
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as those it was
-        fitted to.
+        """log(1 + distance) at each pixel, summed over scales and grids. Images in [0, 1]; repaired ones as those that
+        it was fitted to.
         """
-        features = [_features(photos, repaired, part.filters, scale, self.grid)
-                    for scale, part in zip(self.scales, self.parts, strict=True)]
-        return self.evidence_of(features, (photos.shape[-2], photos.shape[-1]))
+        return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
-    def evidence_of(self, features: Sequence[Float[Tensor, "cells d b"]], size: tuple[int, int]
+    def evidence_of(self, features: Sequence[Float[Tensor, "_ d b"]], size: tuple[int, int]
                     ) -> Float[Tensor, "b h w"]:  # fmt: skip
-        """The same from what `PatchFeatures` made of images of that height and width."""
-        total = sum(part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True))
-        assert isinstance(total, Tensor)
-        maps = total.T.unflatten(1, self.grid)
-        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        """The same from what `describe` made of images of that height and width."""
+        found = [part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True)]
+        num_grids = len(self.describe.grids)
+        maps = [torch.stack(found[index::num_grids]).sum(0).T.unflatten(1, grid)[:, None]
+                for index, grid in enumerate(self.describe.grids)]
+        return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
+                            for each in maps]).sum(0)
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
-        parts = (ScaleDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
+        parts = (CellDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
                  for part in self.parts)
-        return PatchDistribution(self.grid, self.scales, tuple(parts))
-
-
-class PatchFeatures:
-    """Describes images at each scale and cell.
-
-    Args:
-        photos: good images, uint8 or float in [0, 1], whose principal components become the filters.
-        cell_size: px of the photo; the places of the distribution are cells of about that side.
-    """
-
-    def __init__(
-        self, photos: Shaped[Tensor, "n c h w"], *, scales: tuple[int, ...], num_filters: int, cell_size: int, seed: int
-    ) -> None:
-        self.grid = cell_grid((photos.shape[-2], photos.shape[-1]), cell_size)
-        self.scales = scales
-        self.filters = [_principal_filters(photos, scale, num_filters, seed) for scale in scales]
-
-    def __call__(
-        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
-    ) -> list[Float[Tensor, "cells d b"]]:
-        """Of images and their repaired images in [0, 1], at each scale; with None the photos alone are described."""
-        return [_features(photos, repaired, filters, scale, self.grid)
-                for scale, filters in zip(self.scales, self.filters, strict=True)]
+        return PatchDistribution(self.describe.to(device), tuple(parts))
 
 
 class GoodPatches:
@@ -123,31 +124,28 @@ class GoodPatches:
 
     Args:
         describe: what made the features.
-        features: of n good images, at each scale.
+        features: of n good images, each that `describe` gives.
         num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
     """
 
     def __init__(
-        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "cells d n"]], *, num_modes: int
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], *, num_modes: int
     ) -> None:
         self.describe = describe
         self._moments = [_moments(each, num_modes) for each in features]
 
-    def fitted(self, held_out: Sequence[Float[Tensor, "cells d n"]]) -> PatchDistribution:
+    def fitted(self, held_out: Sequence[Float[Tensor, "_ d n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more
         a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
         of all.
         """
         parts = []
-        for filters, (mean, std, modes, covariance), unseen in zip(
-            self.describe.filters, self._moments, held_out, strict=True
-        ):
+        for (mean, std, modes, covariance), unseen in zip(self._moments, held_out, strict=True):
             left = _without(modes, (unseen - mean[..., None]) / std[:, None])
             spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
-            whitening = _whitening(covariance * wider[:, None] * wider, left)
-            parts.append(ScaleDistribution(filters, mean, std, modes, whitening))
-        return PatchDistribution(self.describe.grid, self.describe.scales, tuple(parts))
+            parts.append(CellDistribution(mean, std, modes, _whitening(covariance * wider[:, None] * wider, left)))
+        return PatchDistribution(self.describe, tuple(parts))
 
 
 def _moments(
@@ -179,15 +177,19 @@ def _without(modes: Float[Tensor, "cells d modes"], away: Float[Tensor, "cells d
     return away - modes @ (flat.T @ away.flatten(0, 1))
 
 
-def cell_grid(image_size: tuple[int, int], cell_size: int) -> tuple[int, int]:
-    """Rows and cols of cells of about `cell_size` px that cover an image."""
-    return max(1, round(image_size[0] / cell_size)), max(1, round(image_size[1] / cell_size))
+def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Rows and cols of cells of about each size in px that cover an image; at least one cell.
+
+    >>> cell_grids((256, 240), (8, 32))
+    ((32, 30), (8, 8))
+    """
+    return tuple((max(1, round(image_size[0] / size)), max(1, round(image_size[1] / size))) for size in cell_sizes)
 
 
 def _whitening(
     covariance: Float[Tensor, "cells d d"], unseen: Float[Tensor, "cells d b"]
 ) -> Float[Tensor, "cells d d"]:
-    """The W of a ScaleDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
+    """The W of a CellDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
     mean.
 
     All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
@@ -212,15 +214,18 @@ def _whitening(
 
 def _features(
     photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
-    scale: int, grid: tuple[int, int],
-) -> Float[Tensor, "cells d b"]:  # fmt: skip
-    """The four features of each filter at each cell; two without a repaired image."""
+    scale: int, grids: Sequence[tuple[int, int]],
+) -> list[Float[Tensor, "_ d b"]]:  # fmt: skip
+    """The four features of each filter at each cell of each grid; two without a repaired image."""
     own = _responses(photos, filters, scale)
-    parts = [_compressed(own, grid), _log_energy(own, grid)]
-    if repaired is not None:
-        others = _responses(repaired, filters, scale)
-        parts += [_compressed(others, grid), _log_energy(own - others, grid)]
-    return torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0)
+    others = None if repaired is None else _responses(repaired, filters, scale)
+    found = []
+    for grid in grids:
+        parts = [_compressed(own, grid), _log_energy(own, grid)]
+        if others is not None:
+            parts += [_compressed(others, grid), _log_energy(own - others, grid)]
+        found.append(torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0))
+    return found
 
 
 def _compressed(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:

@@ -319,8 +319,8 @@ def _calibrated(
     model = model.to(device).eval()
     scoring = config.scoring
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
-    describe = PatchFeatures(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
-                             cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
+    describe = (PatchFeatures.of(training, scoring=scoring, seed=provenance["seed"]) if "distribution" in kinds
+                else None)
     (trained_on, seen), (held_out, unseen) = _examined(model, config, training, validation, kinds, describe,
                                                        on_calibration)
     good = GoodPatches(describe, seen, num_modes=scoring.num_modes) if describe else None
@@ -350,7 +350,7 @@ def _examined(
     model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
     kinds: Sequence[Evidence], describe: PatchFeatures | None, on_calibration: Callable[[int, int], None] | None,
 ) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:  # fmt: skip
-    """Of training and of held-out images the evidence without the distribution's, and the features at each scale."""
+    """Of training and of held-out images the evidence without the distribution's, and the distribution's features."""
     scoring = config.scoring
     learns = describe is not None or scoring.reference == "training"
     count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0

@@ -370,7 +370,7 @@ def _models(folder: Path) -> dict[str, bytes]:
     from intra.config import preset
     from intra.inspection.anomaly import Reference, evidence_kinds
     from intra.inspection.detector import Detector
-    from intra.inspection.distribution import PatchMoments
+    from intra.inspection.distribution import GoodPatches, PatchFeatures
     from intra.models import build
     from intra.training.checkpoint import Progress, save_checkpoint
 
@@ -381,10 +381,10 @@ def _models(folder: Path) -> dict[str, bytes]:
     kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
     reference = Reference(torch.rand(len(kinds), 24, 24), None, torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
     photos = torch.rand(4, 3, 24, 24)
-    moments = PatchMoments(photos, scales=config.scoring.distribution_scales,
-                           num_filters=config.scoring.num_filters, cell_size=config.scoring.cell_size, seed=0)
-    moments.add(photos, photos)
-    Detector(model, config, reference=reference, distribution=moments.fitted([(photos, photos)]),
+    describe = PatchFeatures.of(photos, scoring=config.scoring, seed=0)
+    features = describe(photos, photos)
+    good = GoodPatches(describe, features, num_modes=config.scoring.num_modes)
+    Detector(model, config, reference=reference, distribution=good.fitted(features),
              held_out_scores=[0.5, 1.5, 2.5], device="cpu",
              provenance={"seed": 0, "training_images": {"a.png": "0" * 64}, "pretrained_weights": None}
              ).save(folder / "model")  # fmt: skip

@@ -74,7 +74,23 @@ def missing(photo: np.ndarray, rng: np.random.Generator) -> Planted:
     return photo + mark[..., None] * (photo[border].mean(0) - photo), mark
 
 
-KINDS: tuple[Callable[[np.ndarray, np.random.Generator], Planted], ...] = (scratch, crack, stain, dent, smear, missing)
+def uneven(photo: np.ndarray, rng: np.random.Generator) -> Planted:
+    """A large region, up to half of the photo, with another finish: fainter or stronger texture, another shade."""
+    height, width = photo.shape[:2]
+    if rng.random() < 0.5:  # all that lies on one side of a line
+        row, col = np.mgrid[:height, :width] - (rng.uniform(0.3, 0.7, 2) * (height, width))[:, None, None]
+        angle = rng.uniform(0, 2 * np.pi)
+        inside = (row * np.sin(angle) + col * np.cos(angle) > 0).astype(float)
+    else:
+        inside = (_distance(photo, rng, 0.2, 0.4) < 1).astype(float)
+    mark = ndimage.gaussian_filter(inside, rng.uniform(0.5, 2))
+    smooth = ndimage.gaussian_filter(photo, (8, 8, 0))
+    contrast, shade = rng.choice([rng.uniform(0.3, 0.7), rng.uniform(1.4, 2.0)]), rng.uniform(0.8, 1.2)
+    return photo + mark[..., None] * (smooth * shade + contrast * (photo - smooth) - photo), mark
+
+
+KINDS: tuple[Callable[[np.ndarray, np.random.Generator], Planted], ...] = (
+    scratch, crack, stain, dent, smear, missing, uneven)  # fmt: skip
 LEAST_CHANGE = 0.03  # mean change over 5 x 5 px that a person can see
 
 

@@ -30,7 +30,7 @@ from intra.config import preset
 from intra.data.folder import find_categories
 from intra.data.images import auto_channels, read_info, read_set, to_unit
 from intra.inspection.calibration import Threshold, calibrate, choose_threshold
-from intra.inspection.distribution import PatchMoments
+from intra.inspection.distribution import GoodPatches, PatchFeatures
 
 SCORING = preset("fast").scoring
 KINDS = ("distribution",)
@@ -50,22 +50,24 @@ def expected(threshold: Threshold, num_new: int) -> float:
 
 
 class Split:
-    """A distribution's moments from half of the photos, and the features of the others."""
+    """What half of the photos have in common, and the features of the others."""
 
     def __init__(self, photos: Tensor, rng: np.random.Generator, size: int) -> None:
         order = torch.from_numpy(rng.permutation(len(photos)))
         half, self.size = len(photos) // 2, (size, size)
-        self.moments = PatchMoments(photos[order[:half]], scales=SCORING.distribution_scales,
-                                    num_filters=SCORING.num_filters, cell_size=SCORING.cell_size, seed=0)
-        for chunk in photos[order[:half]].split(8):
-            self.moments.add(to_unit(chunk), None)
-        chunks = [self.moments.features(to_unit(chunk), None) for chunk in photos[order[half:]].split(8)]
-        self.others = [torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)]
+        describe = PatchFeatures.of(photos[order[:half]], scoring=SCORING, seed=0)
+
+        def features(part: Tensor) -> list[Tensor]:
+            chunks = [describe(to_unit(chunk), None) for chunk in part.split(8)]
+            return [torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)]
+
+        self.good = GoodPatches(describe, features(photos[order[:half]]), num_modes=SCORING.num_modes)
+        self.others = features(photos[order[half:]])
         self.num_others = len(photos) - half
 
     def evidence(self, places: Sequence[int], decided_by: Sequence[int]) -> Tensor:
         """Of some of the other photos, with a distribution that is held against some of them."""
-        distribution = self.moments.fitted_to([each[..., list(decided_by)] for each in self.others])
+        distribution = self.good.fitted([each[..., list(decided_by)] for each in self.others])
         return distribution.evidence_of([each[..., list(places)] for each in self.others], self.size)
 
 

@@ -1,10 +1,10 @@
-"""Fills the tables of README.md and docs/results.md from measured cells, so that no figure is typed.
+"""Fills the tables of the documents from what was measured, so that no figure is typed.
 
     .venv/bin/python benchmarks/tables.py            # writes
     .venv/bin/python benchmarks/tables.py --check    # exit 1 if a document says anything else
 
 A table stands between `<!-- table: benchmarks/results/NAME -->` and `<!-- end of table -->`, each on a line of its own,
-and shows benchmarks/results/NAME/cells/*.json.
+and shows benchmarks/results/NAME/cells/*.json, or where there are none NAME/table.md, as the script left it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from intra.errors import InTraError
 from intra.evaluation.tables import markdown, table_of
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/performance.md")
 START, END = r"<!-- table: (.*?) -->", "<!-- end of table -->"
 BLOCK = re.compile(rf"^{START}\n(.*?)^{END}$", flags=re.M | re.S)
 
@@ -27,10 +27,12 @@ def filled(document: str, root: Path) -> str:
         raise InTraError(f"{num_marks[0]} tables begin and {num_marks[1]} end; each needs both marks, on own lines")
 
     def table(match: re.Match[str]) -> str:
-        cells = root / match[1] / "cells"
-        if not match[1].startswith("benchmarks/results/") or not list(cells.glob("*.json")):
+        cells, ready = root / match[1] / "cells", root / match[1] / "table.md"
+        is_measured = bool(list(cells.glob("*.json")))
+        if not match[1].startswith("benchmarks/results/") or not (is_measured or ready.exists()):
             raise InTraError(f"no cells in {cells}; expected a table of benchmarks/results/NAME")
-        return f"<!-- table: {match[1]} -->\n\n{markdown(table_of(cells))}\n{END}"
+        text = markdown(table_of(cells)) if is_measured else ready.read_text(encoding="utf-8")
+        return f"<!-- table: {match[1]} -->\n\n{text}\n{END}"
 
     return BLOCK.sub(table, document)
 
@@ -38,7 +40,7 @@ def filled(document: str, root: Path) -> str:
 def main(root: Path, *, check: bool) -> int:
     """Writes the documents, or says which of them are not what the cells make of them."""
     differ = 0
-    for path in (root / name for name in DOCUMENTS):
+    for path in (root / name for name in DOCUMENTS if (root / name).exists()):
         before = path.read_text(encoding="utf-8")
         try:
             after = filled(before, root)

@@ -23,6 +23,19 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache is neither read nor written; processes that are started inherit the folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("INTRA_CACHE")
+    os.environ["INTRA_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["INTRA_CACHE"]
+    else:
+        os.environ["INTRA_CACHE"] = before
+
+
 def descend(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], *, steps: int, rate: float) -> list[float]:
     """The loss before each of some steps of Adam on one batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)

@@ -198,7 +198,8 @@ class ScoringConfig:
     segmenter_weight: float = 1.0  # the segmenter's log-odds, where there is one
     distribution_scales: tuple[int, ...] = (1, 4)  # the images are reduced by these factors for the distribution
     num_filters: int = 14  # principal components of the photos that describe a cell; with two of colour 64 features
-    cell_size: int = 8  # px: side of the cells at which the distribution is known
+    cell_sizes: tuple[int, ...] = (8, 32)  # px: sides of the cells at which the distribution is known
+    num_modes: int = 32  # at most: joint changes of all cells, such as light and pose, that a place is judged without
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
@@ -213,7 +214,8 @@ class ScoringConfig:
         if not 0 < self.false_reject_rate < 1:
             found.append(f"scoring.false_reject_rate is {self.false_reject_rate}; it must lie between 0 and 1")
         found += _outside(self, 1, 64, "num_filters")
-        found += _outside(self, 1, 1024, "cell_size")
+        found += _unfit_scales("scoring.cell_sizes", self.cell_sizes)
+        found += _outside(self, 0, 256, "num_modes")
         found += _unfit_scales("scoring.distribution_scales", self.distribution_scales)
         for name in ("difference_weight", "distribution_weight", "segmenter_weight"):
             if getattr(self, name) < 0:
@@ -367,7 +369,7 @@ _FAST = Config(
         max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0009-distribution.md; with difference_weight also 0003-spread.md, 0006-scales.md
-    scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=256, spread=True,
+    scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,
                           difference_weight=0.0, distribution_weight=1.0, precision="auto"),
 )
 

@@ -13,7 +13,7 @@ import intra
 from intra.config import preset
 from intra.errors import InTraError
 from intra.inspection.audit import _cross_fitted, audit_photos
-from intra.inspection.distribution import PatchMoments
+from intra.inspection.distribution import PatchFeatures
 
 SCORING = preset("fast").scoring
 
@@ -47,9 +47,9 @@ def test_odd_photos_come_first_and_are_shown_where_they_are_odd() -> None:
 def test_a_photo_has_no_say_in_its_own_score() -> None:
     """The distribution of a fold is that of the kept photos of the others."""
     photos, kept = planted(20), torch.arange(20) != 7
-    base = PatchMoments(photos, scales=(1,), num_filters=4, cell_size=8, seed=0)
-    features = base.features(photos / 255, None)
-    for fold, distribution in enumerate(_cross_fitted(base, features, kept, 5)):
+    describe = PatchFeatures.of(photos, scoring=SCORING, seed=0)
+    features = describe(photos / 255, None)
+    for fold, distribution in enumerate(_cross_fitted(describe, features, kept, 5, 16)):
         others = features[0][..., kept & (torch.arange(20) % 5 != fold)]
         torch.testing.assert_close(distribution.parts[0].mean, others.mean(2), rtol=1e-4, atol=1e-4)
 
@@ -58,19 +58,6 @@ def test_a_photo_has_no_say_in_its_own_score() -> None:
                                     torch.ones(2, 3, 16, 16)])
 def test_flat_few_and_odd_photos_give_finite_scores(photos: torch.Tensor) -> None:
     assert all(torch.isfinite(torch.tensor(audit_photos(photos, scoring=SCORING).scores)))
-
-
-def test_merged_moments_are_those_of_all() -> None:
-    photos = noise(12, 1, 32, 32)
-    base = PatchMoments(photos, scales=(1,), num_filters=3, cell_size=16, seed=0)
-    together, first, second, merged = (base.empty() for _ in range(4))
-    for moments, part in ((together, photos), (first, photos[:5]), (second, 0.5 * photos[5:])):
-        moments.add(part if part is not photos else torch.cat([photos[:5], 0.5 * photos[5:]]), None)
-    merged.merge(first)
-    merged.merge(second)
-    for one, other in zip(merged._sums[0].moments(), together._sums[0].moments(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    assert base._sums == [None]
 
 
 def test_the_page_and_the_list(photos: Path, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """The distribution of good patches: what it finds, what it costs, and where it must not break."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
+from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import SHRINKAGES, PatchMoments, _features, cell_grid
+from intra.inspection.distribution import SHRINKAGES, GoodPatches, PatchFeatures, _moments, _whitening, cell_grids
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,11 +29,14 @@ def blurred(photos: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(photos, 5, stride=1, padding=2, count_include_pad=False)
 
 
-def fitted(photos: torch.Tensor, held_out: torch.Tensor, *, chunk: int = 8, **settings: int):
-    moments = PatchMoments(photos, scales=(1, 4), num_filters=settings.get("num_filters", 8), cell_size=8, seed=0)
-    for part in photos.split(chunk):
-        moments.add(part, blurred(part))
-    return moments.fitted([(part, blurred(part)) for part in held_out.split(3)])
+def described(photos: torch.Tensor, **settings: object) -> PatchFeatures:
+    return PatchFeatures.of(photos, scoring=replace(ScoringConfig(), **settings), seed=0)
+
+
+def fitted(photos: torch.Tensor, held_out: torch.Tensor, *, num_modes: int = 16, **settings: object):
+    describe = described(photos, num_filters=8, **settings)
+    good = GoodPatches(describe, describe(photos, blurred(photos)), num_modes=num_modes)
+    return good.fitted(describe(held_out, blurred(held_out)))
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +68,13 @@ def displaced(photos: torch.Tensor) -> torch.Tensor:
     (wiped, slice(18, 38), slice(38, 58)), (scratched, slice(24, 26), slice(10, 38)),
     (displaced, slice(18, 38), slice(2, 22)),
 ])  # fmt: skip
-def test_what_never_happens_stands_out_where_it_is(distribution, defect, rows, cols):
+def test_what_never_happens_stands_out_where_it_is(defect, rows, cols):
+    distribution = fitted(striped(60), striped(12, seed=50), cell_sizes=(8,))
     good = striped(10, seed=90)
     bad = defect(good)
     clean, found = distribution.evidence(good, blurred(good)), distribution.evidence(bad, blurred(bad))
     assert found[:, rows, cols].mean() > clean.amax((1, 2)).mean()
-    assert found[:, 57:].mean() < 1.2 * clean[:, 57:].mean()  # and not beyond the reach of the coarse pieces
+    assert found[:, 57:].mean() < found[:, rows, cols].mean() / 2  # and not beyond the reach of the coarse pieces
 
 
 def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
@@ -80,45 +88,92 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    for part, scale in zip(distribution.parts, distribution.scales, strict=True):
-        assert part.mean.shape == (64, 4 * (8 + 2))  # 8 components and two colours
-        assert scale in (1, 4)
+    assert [part.mean.shape for part in distribution.parts] == 2 * [(64, 40), (4, 40)]  # 8 components and two colours
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
-    assert evidence.mean() == pytest.approx(2 * np.log(2), rel=0.4)  # of log(1 + 1) at each of two scales
+    assert evidence.mean() == pytest.approx(4 * np.log(2), rel=0.4)  # of log(1 + 1) at two scales over two grids
 
 
-def test_moments_do_not_depend_on_the_chunks():
-    photos, held_out = striped(20), striped(5, seed=50)
-    one, other = fitted(photos, held_out, chunk=20), fitted(photos, held_out, chunk=3)
-    bad = scratched(held_out)
-    torch.testing.assert_close(one.evidence(bad, blurred(bad)), other.evidence(bad, blurred(bad)), rtol=1e-3, atol=1e-3)
+def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
+    """Each small cell is within what it does in good photos; that all do so together is not."""
+    photos, held_out = noise(60, 1, 64, 64), noise(12, 1, 64, 64, seed=5)
+
+    def contrast(*cell_sizes: int) -> float:
+        describe = described(photos, distribution_scales=(1,), num_filters=4, cell_sizes=cell_sizes)
+        distribution = GoodPatches(describe, describe(photos, photos), num_modes=0).fitted(describe(held_out, held_out))
+        good = noise(30, 1, 64, 64, seed=9)
+        bad = good.clone()
+        bad[..., :32] = 0.5 + 0.9 * (bad[..., :32] - 0.5)  # a little fainter
+        clean, found = (distribution.evidence(each, each)[..., :32].mean((1, 2)) for each in (good, bad))
+        return float((found.mean() - clean.mean()) / clean.std())
+
+    assert contrast(8, 32) > 2 * abs(contrast(8))
+
+
+def test_light_that_changes_everywhere_is_no_defect():
+    """Photos of many exposures: a dark one is usual, and a faint scratch stands out in it, for a place that is bright
+    in a dark photo is unusual. Without modes each place is judged alone, and may be as bright as in any photo.
+    """
+    def exposed(count: int, seed: int) -> torch.Tensor:
+        return striped(count, seed=seed) * (0.3 + 0.7 * noise(count, 1, 1, 1, seed=seed + 7))
+
+    def contrast(num_modes: int) -> float:
+        distribution = fitted(exposed(80, 0), exposed(16, 50), num_modes=num_modes)
+        good, dark = exposed(30, 90), 0.3 * striped(10, seed=30)
+        bad = dark.clone()
+        bad[..., 24:26, 8:40] += 0.04  # fainter than what the exposures differ by
+        clean, found = (distribution.evidence(each, blurred(each)).amax((1, 2)) for each in (good, bad))
+        return float((found.mean() - clean.mean()) / clean.std())
+
+    assert contrast(16) > 1.5 * contrast(0)
 
 
 def test_moments_are_numpys():
-    photos = striped(20)
-    moments = PatchMoments(photos, scales=(1,), num_filters=3, cell_size=32, seed=0)
-    features = []
-    for part in photos.split(7):
-        moments.add(part, blurred(part))
-        features.append(_features(part, blurred(part), moments.filters[0], 1, moments.grid))
-    mean, covariance = moments._sums[0].moments()
-    together = torch.cat(features, dim=2).double().numpy()
-    np.testing.assert_allclose(mean, together.mean(2), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(covariance[1], np.cov(together[1]), rtol=1e-3, atol=1e-5)
+    features = noise(3, 5, 40).square()
+    mean, std, modes, covariance = _moments(features, 2)
+    numbers = features.double().numpy()
+    away = numbers - numbers.mean(2, keepdims=True)
+    np.testing.assert_allclose(mean, numbers.mean(2), rtol=1e-5)
+    np.testing.assert_allclose(std, np.sqrt(away.var(2, ddof=1).mean(0) + 1e-4), rtol=1e-5)
+    flat = (away / std.numpy()[:, None]).reshape(15, 40)
+    left = np.linalg.svd(flat)[0][:, :2]
+    np.testing.assert_allclose(np.abs(modes.flatten(0, 1).double().numpy().T @ left), np.eye(2)[::-1], atol=1e-4)
+    rest = (flat - left @ left.T @ flat).reshape(3, 5, 40)
+    np.testing.assert_allclose(covariance[1], np.cov(rest[1]), rtol=1e-3, atol=1e-4)
+
+
+def test_few_images_have_no_modes():
+    photos = noise(7, 1, 16, 16)
+    assert fitted(photos, photos[:3]).parts[0].modes.shape[2] == 0
+
+
+def test_the_likeliest_shrinkage_whitens():
+    """Against inverting every shrunk covariance and taking the density of a Gaussian from scipy."""
+    away = noise(4, 6, 30, seed=1) @ noise(30, 30, seed=2)
+    away = away - away.mean(2, keepdim=True)
+    covariance = away @ away.transpose(1, 2) / 29
+    unseen = away[..., :9] + noise(4, 6, 9, seed=3)
+    shared = covariance.mean(0)
+    floor = (0.01 * shared.diagonal() + 1e-4).diag()
+    shrunk = [((1 - share) * covariance + share * shared + floor).double() for share in SHRINKAGES]
+    likelihoods = [sum(multivariate_normal(cov=each[cell].numpy()).logpdf(unseen[cell].T.numpy()).sum()
+                       for cell in range(4)) for each in shrunk]
+    found = _whitening(covariance, unseen).double()
+    torch.testing.assert_close((found.transpose(1, 2) @ found).inverse(), shrunk[int(np.argmax(likelihoods))],
+                               rtol=1e-3, atol=1e-4)
 
 
 def test_few_images_share_their_covariance_and_many_need_not():
     """Photos that are alike at all places: with few of them the places' own covariances are mere noise."""
-    def shrinkage(count: int) -> float:
-        photos = noise(count, 1, 64, 64)
-        moments = PatchMoments(photos, scales=(1,), num_filters=4, cell_size=8, seed=0)
-        moments.add(photos, photos)
-        held_out = noise(20, 1, 64, 64, seed=9)
-        found = moments.fitted([(held_out, held_out)]).parts[0].whitening
-        return float(found.std(0).mean() / found.abs().mean())  # how much places differ
+    def difference(count: int) -> float:
+        photos, held_out = noise(count, 1, 64, 64), noise(20, 1, 64, 64, seed=9)
+        describe = described(photos, distribution_scales=(1,), cell_sizes=(8,), num_filters=4)
+        good = GoodPatches(describe, describe(photos, photos), num_modes=0)
+        found = good.fitted(describe(held_out, held_out)).parts[0].whitening
+        inverse = found.transpose(1, 2) @ found
+        return float(inverse.std(0).mean() / inverse.abs().mean())  # how much places differ
 
-    assert shrinkage(6) < shrinkage(400)
+    assert difference(6) < difference(400)
     assert min(SHRINKAGES) > 0
 
 
@@ -128,14 +183,12 @@ def test_few_images_share_their_covariance_and_many_need_not():
 ])  # fmt: skip
 def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
     unit = to_unit(photos)
-    moments = PatchMoments(photos, scales=(1, 4), num_filters=16, cell_size=8, seed=0)
-    moments.add(unit, unit)
-    found = moments.fitted([(unit[:1], unit[:1])])
+    describe = described(photos, num_filters=16)
+    found = GoodPatches(describe, describe(unit, unit), num_modes=16).fitted(describe(unit[:1], unit[:1]))
     evidence = found.evidence(1 - unit, unit)
     assert evidence.shape == (len(unit), *unit.shape[-2:])
     assert evidence.isfinite().all()
 
 
 def test_a_grid_has_a_cell_at_least():
-    assert cell_grid((256, 240), 8) == (32, 30)
-    assert cell_grid((3, 5), 8) == (1, 1)
+    assert cell_grids((3, 5), (8, 1)) == ((1, 1), (3, 5))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import PatchDistribution, PatchMoments
+from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
 
 __all__ = ["Audit", "audit_photos"]
 
@@ -44,42 +44,35 @@ def audit_photos(
     `on_progress` is called with the number of photos that have been described, and of all.
     """
     num_folds = min(NUM_FOLDS, len(photos))
-    base = PatchMoments(photos, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
-                        cell_size=scoring.cell_size, seed=seed)
+    describe = PatchFeatures.of(photos, scoring=scoring, seed=seed)
     chunks = []
     for chunk in photos.split(PHOTOS_PER_BATCH):
-        chunks.append(base.features(to_unit(chunk), None))
+        chunks.append(describe(to_unit(chunk), None))
         if on_progress:
             on_progress(min(len(chunks) * PHOTOS_PER_BATCH, len(photos)), len(photos))
     features = [torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)]  # of each scale (cells, D, N)
     kept = torch.ones(len(photos), dtype=torch.bool)
     for _ in range(2):
-        distributions = _cross_fitted(base, features, kept, num_folds)
+        distributions = _cross_fitted(describe, features, kept, num_folds, scoring.num_modes)
         scores = torch.empty(len(photos))
         for fold, distribution in enumerate(distributions):
             own = [each[..., fold::num_folds] for each in features]
-            scores[fold::num_folds] = distribution.evidence_of(own, base.grid).amax((1, 2))
+            scores[fold::num_folds] = distribution.evidence_of(own, describe.grids[0]).amax((1, 2))
         kept = scores <= scores.quantile(KEPT_SHARE)
     return Audit(tuple(scores.tolist()), distributions)
 
 
 def _cross_fitted(
-    base: PatchMoments, features: Sequence[Float[Tensor, "cells d n"]], kept: Bool[Tensor, " n"], num_folds: int
-) -> tuple[PatchDistribution, ...]:
+    describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], kept: Bool[Tensor, " n"], num_folds: int,
+    num_modes: int,
+) -> tuple[PatchDistribution, ...]:  # fmt: skip
     """A distribution for each fold, from the kept photos of all others, held against those of the fold itself."""
-    folds = []
-    for fold in range(num_folds):
-        index = torch.arange(fold, len(kept), num_folds)
-        # in a small set a fold may be of odd ones alone
-        folds.append([each[..., index[kept[index]] if kept[index].any() else index] for each in features])
-    gathered = [base.empty() for _ in folds]
-    for moments, own in zip(gathered, folds, strict=True):
-        moments.add_features(own)
+    numbers = torch.arange(len(kept))
     distributions = []
-    for fold, own in enumerate(folds):
-        others = base.empty()
-        for other, moments in enumerate(gathered):
-            if other != fold:
-                others.merge(moments)
-        distributions.append(others.fitted_to(own))
+    for fold in range(num_folds):
+        own, others = ((numbers % num_folds == fold) == is_own for is_own in (True, False))
+        # in a small set a fold, or all others, may be odd ones alone
+        chosen = [part & kept if (part & kept).any() else part for part in (own, others)]
+        ours, theirs = ([each[..., part] for each in features] for part in chosen)
+        distributions.append(GoodPatches(describe, theirs, num_modes=num_modes).fitted(ours))
     return tuple(distributions)

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold, p_value
 from intra.inspection.device import autocast, in_chunks, pick_device
-from intra.inspection.distribution import PatchDistribution, ScaleDistribution, cell_grid
+from intra.inspection.distribution import CellDistribution, PatchDistribution, PatchFeatures, cell_grids
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
@@ -36,9 +36,9 @@ from intra.similarity import box_blur
 __all__ = ["FORMAT_VERSION", "MODEL_FILE", "READERS", "SETUP_TENSORS", "Defect", "Detector", "Prediction",
            "is_exported", "model_file", "refuse_exported", "repair", "stored_setup"]
 
-FORMAT_VERSION = 3  # of model.safetensors; other versions are refused
+FORMAT_VERSION = 4  # of model.safetensors; other versions are refused
 MODEL_FILE = "model.safetensors"
-DISTRIBUTION_TENSORS = ("filters", "mean", "whitening")  # of each scale, in the model file
+DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale and grid
 SETUP_TENSORS = ("mean", "centre", "spread")
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
@@ -164,6 +164,8 @@ class Detector:
         reference = self.reference
         tensors |= {f"reference.{name}": part for name, part in (
             ("mean", reference.mean), ("spread", reference.spread), ("tails", reference.tails)) if part is not None}
+        for index, filters in enumerate(self.distribution.describe.filters if self.distribution else ()):
+            tensors[f"distribution.filters.{index}"] = filters
         for index, part in enumerate(self.distribution.parts if self.distribution else ()):
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
         if self.setup:
@@ -315,19 +317,21 @@ def _distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistributi
     scoring, model = config.scoring, config.model
     if not scoring.distribution_weight:
         return None
-    grid = cell_grid(model.image_size, scoring.cell_size)
-    parts = []
-    for index, _ in enumerate(scoring.distribution_scales):
-        part = ScaleDistribution(*(tensors.pop(f"distribution.{index}.{name}") for name in DISTRIBUTION_TENSORS))
-        width = part.num_features
-        if part.mean.shape != (grid[0] * grid[1], width) or part.whitening.shape != (*part.mean.shape, width) or (
-                part.filters.ndim != 4 or part.filters.shape[1] != model.channels):
+    grids = cell_grids(model.image_size, scoring.cell_sizes)
+    filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
+    parts: list[CellDistribution] = []
+    for each, (num_rows, num_cols) in itertools.product(filters, grids):
+        part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
+        places, width = num_rows * num_cols, 4 * len(each)
+        if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
+                part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
+                each.ndim != 4 or each.shape[1] != model.channels):
             raise ValueError("a distribution of another size than the image's")
-        if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (
-                part.filters, part.mean, part.whitening)):
+        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in (
+                each, part.mean, part.std, part.modes, part.whitening)) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
-    return PatchDistribution(grid, scoring.distribution_scales, tuple(parts))
+    return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters)), tuple(parts))
 
 
 def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:

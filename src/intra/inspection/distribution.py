@@ -4,22 +4,23 @@ The paper describes photo and repaired image at a place by one number, their dif
 good images. Here a short vector describes both, and its mean *and covariance* over good images are kept for every
 place: which changes go together, and which never happen, is known from good images alone. A Gaussian of features at
 each place is PaDiM's (Defard et al. 2021), there of a pretrained network's features; ours are principal components of
-the photos themselves. docs/decisions/0009-distribution.md
+the photos themselves. What all places do together from one good image to the next – light, exposure, contrast, pose –
+is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from intra.config import ScoringConfig
 from intra.data.images import to_unit
 from intra.similarity import reduced
 
-__all__ = ["PatchDistribution", "PatchMoments", "ScaleDistribution", "cell_grid"]
+__all__ = ["CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures", "cell_grids"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
 NUM_PIECES = 20_000  # from which they are computed
@@ -29,198 +30,206 @@ LEAST_STD = 1e-3  # of a filter's response, pixels in [0, 1]: below the noise of
 # Energies are in units of the response's standard deviation. Their logarithm makes too little stand out as much as too
 # much: where a piece is missing or wiped, there is too little of everything.
 ENERGY_FLOOR = 0.01
+# Responses count linearly below that, in the same unit, and by their logarithm above: light that is twice as strong
+# moves all of them by the same, and is one mode.
+KNEE = 0.3
+IMAGES_PER_MODE = 8  # at least
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
 
 
 @dataclass(frozen=True)
-class ScaleDistribution:
-    """At one scale. A cell has four features for each of m filters: the photo's response and the logarithm of its
-    energy, the repaired image's response, and the logarithm of the energy of what it changes; without a repaired image
-    the first two.
+class PatchFeatures:
+    """Describes images at several scales, each over the same grids of cells.
+
+    A cell has four features for each of m filters: the photo's response and the logarithm of its energy, the repaired
+    image's response, and the logarithm of the energy of what it changes; without a repaired image the first two.
     """
 
-    filters: Float[Tensor, "m c k k"]  # of unit standard deviation over good photos
-    mean: Float[Tensor, "cells d"]
-    whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance
+    scales: tuple[int, ...]  # factors by which the images are reduced
+    grids: tuple[tuple[int, int], ...]  # rows and cols of cells, the finest first
+    filters: tuple[Float[Tensor, "m c k k"], ...]  # at each scale, of unit standard deviation over good photos
 
-    @property
-    def num_features(self) -> int:
-        """D, of a cell with its repaired image."""
-        return 4 * len(self.filters)
+    @classmethod
+    def of(cls, photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int) -> "PatchFeatures":
+        """From good images, uint8 or float in [0, 1], whose principal components become the filters."""
+        return cls(scoring.distribution_scales, cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes),
+                   tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
+                         for scale in scoring.distribution_scales))
+
+    def __call__(
+        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
+    ) -> list[Float[Tensor, "_ d b"]]:
+        """Of images and their repaired images in [0, 1], at each scale over each grid; with None the photos alone are
+        described.
+        """
+        return [each for scale, filters in zip(self.scales, self.filters, strict=True)
+                for each in _features(photos, repaired, filters, scale, self.grids)]
+
+    def to(self, device: torch.device) -> "PatchFeatures":
+        """The same on a device."""
+        return replace(self, filters=tuple(each.to(device) for each in self.filters))
+
+
+@dataclass(frozen=True)
+class CellDistribution:
+    """The Gaussian of the features, of which a cell has D, at one scale over one grid."""
+
+    mean: Float[Tensor, "cells d"]
+    std: Float[Tensor, " d"]  # the unit of each feature
+    modes: Float[Tensor, "cells d modes"]  # of unit length: how all cells change together from good image to image
+    whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance of what the modes leave
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         """The squared Mahalanobis distances, divided by D: about 1 for good images."""
-        return (self.whitening @ (features - self.mean[..., None])).square().mean(1)
+        away = (features - self.mean[..., None]) / self.std[:, None]
+        return (self.whitening @ _without(self.modes, away)).square().mean(1)
 
 
 @dataclass(frozen=True)
 class PatchDistribution:
-    """At several scales, over the same grid of cells."""
+    """What describes images, and the Gaussian of each of the features that it gives."""
 
-    grid: tuple[int, int]  # rows and cols of cells
-    scales: tuple[int, ...]  # factors by which the images are reduced
-    parts: tuple[ScaleDistribution, ...]  # one for each scale
+    describe: PatchFeatures
+    parts: tuple[CellDistribution, ...]
 
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over the scales. Images in [0, 1]; repaired ones as for `add`."""
-        features = [_features(photos, repaired, part.filters, scale, self.grid)
-                    for scale, part in zip(self.scales, self.parts, strict=True)]
-        return self.evidence_of(features, (photos.shape[-2], photos.shape[-1]))
+        """log(1 + distance) at each pixel, summed over scales and grids. Images in [0, 1]; repaired ones as those that
+        it was fitted to.
+        """
+        return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
-    def evidence_of(self, features: Sequence[Float[Tensor, "cells d b"]], size: tuple[int, int]
+    def evidence_of(self, features: Sequence[Float[Tensor, "_ d b"]], size: tuple[int, int]
                     ) -> Float[Tensor, "b h w"]:  # fmt: skip
-        """The same from what `PatchMoments.features` made of images of that height and width."""
-        total = sum(part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True))
-        assert isinstance(total, Tensor)
-        maps = total.T.unflatten(1, self.grid)
-        return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        """The same from what `describe` made of images of that height and width."""
+        found = [part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True)]
+        num_grids = len(self.describe.grids)
+        maps = [torch.stack(found[index::num_grids]).sum(0).T.unflatten(1, grid)[:, None]
+                for index, grid in enumerate(self.describe.grids)]
+        return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
+                            for each in maps]).sum(0)
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
-        parts = (ScaleDistribution(part.filters.to(device), part.mean.to(device), part.whitening.to(device))
+        parts = (CellDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
                  for part in self.parts)
-        return PatchDistribution(self.grid, self.scales, tuple(parts))
+        return PatchDistribution(self.describe.to(device), tuple(parts))
 
 
-class PatchMoments:
-    """Gathers the features of good images, chunk by chunk; `fitted` turns them into their distribution.
+class GoodPatches:
+    """What the features of the good images that were trained on have in common: mean, modes and covariance.
 
     Args:
-        photos: good images, uint8 or float in [0, 1], whose principal components become the filters.
-        cell_size: px of the photo; the places of the distribution are cells of about that side.
+        describe: what made the features.
+        features: of n good images, each that `describe` gives.
+        num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
     """
 
     def __init__(
-        self, photos: Shaped[Tensor, "n c h w"], *, scales: tuple[int, ...], num_filters: int, cell_size: int, seed: int
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], *, num_modes: int
     ) -> None:
-        self.grid = cell_grid((photos.shape[-2], photos.shape[-1]), cell_size)
-        self.scales = scales
-        self.filters = [_principal_filters(photos, scale, num_filters, seed) for scale in scales]
-        self._sums: list[_Sums | None] = [None] * len(scales)
+        self.describe = describe
+        self._moments = [_moments(each, num_modes) for each in features]
 
-    def empty(self) -> "PatchMoments":
-        """The same filters and cells, without any image."""
-        other = copy.copy(self)
-        other._sums = [None] * len(self.scales)
-        return other
-
-    def add(self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None) -> None:
-        """Good images, with their repaired images, in [0, 1]; with None everywhere the photos alone are described."""
-        self.add_features(self.features(photos, repaired))
-
-    def features(
-        self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
-    ) -> list[Float[Tensor, "cells d b"]]:
-        """What images are to the distribution, at each scale: for those that are used several times."""
-        return [_features(photos, repaired, filters, scale, self.grid)
-                for scale, filters in zip(self.scales, self.filters, strict=True)]
-
-    def add_features(self, features: Sequence[Float[Tensor, "cells d b"]]) -> None:
-        """Good images by their features."""
-        for index, each in enumerate(features):
-            self._sums[index] = sums = self._sums[index] or _Sums(each.mean(2, keepdim=True))
-            sums.add(each)
-
-    def merge(self, other: "PatchMoments") -> None:
-        """Also what another one, made by `empty` of the same, has gathered."""
-        for index, theirs in enumerate(other._sums):
-            if theirs is not None:
-                self._sums[index] = sums = self._sums[index] or theirs.empty()
-                sums.merge(theirs)
-
-    def fitted(self, held_out: Sequence[tuple[Tensor, Tensor | None]]) -> PatchDistribution:
-        """The distribution, held against good images that were not trained on, chunks of photos and repaired images:
-        they say how much more a feature spreads on new images, and by their likelihood how far each place's covariance
-        shrinks towards that of all.
+    def fitted(self, held_out: Sequence[Float[Tensor, "_ d n"]]) -> PatchDistribution:
+        """The distribution, held against the features of good images that were not trained on: they say how much more
+        a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
+        of all.
         """
-        chunks = [self.features(*chunk) for chunk in held_out]
-        return self.fitted_to([torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)])
-
-    def fitted_to(self, held_out: Sequence[Float[Tensor, "cells d b"]]) -> PatchDistribution:
-        """The same, held against images by their features at each scale."""
         parts = []
-        for filters, sums, unseen in zip(self.filters, self._sums, held_out, strict=True):
-            assert sums is not None, "no image was added"
-            mean, covariance = sums.moments()
-            away = unseen - mean[..., None]
-            spread = away.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
+        for (mean, std, modes, covariance), unseen in zip(self._moments, held_out, strict=True):
+            left = _without(modes, (unseen - mean[..., None]) / std[:, None])
+            spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
-            covariance = covariance * wider[:, None] * wider
-            _, whitening = min((_surprise_and_whitening(_shrunk(covariance, share), away) for share in SHRINKAGES),
-                               key=lambda each: each[0])
-            parts.append(ScaleDistribution(filters, mean, whitening))
-        return PatchDistribution(self.grid, self.scales, tuple(parts))
+            parts.append(CellDistribution(mean, std, modes, _whitening(covariance * wider[:, None] * wider, left)))
+        return PatchDistribution(self.describe, tuple(parts))
 
 
-class _Sums:
-    """First and second moments of each cell's features about a point near their mean: far numbers cancel badly."""
+def _moments(
+    features: Float[Tensor, "cells d n"], num_modes: int
+) -> tuple[Float[Tensor, "cells d"], Float[Tensor, " d"], Float[Tensor, "cells d modes"], Float[Tensor, "cells d d"]]:
+    """Mean; standard deviation of each feature at a place; modes, and the covariance of what they leave, in its units.
 
-    def __init__(self, shift: Float[Tensor, "cells d 1"]) -> None:
-        self.shift = shift
-        self.count = 0
-        self.first = torch.zeros_like(shift)
-        self.second = shift.new_zeros(*shift.shape[:2], shift.shape[1])
-
-    def add(self, features: Float[Tensor, "cells d b"]) -> None:
-        away = features - self.shift
-        self.count += features.shape[2]
-        self.first += away.sum(2, keepdim=True)
-        self.second += away @ away.transpose(1, 2)
-
-    def empty(self) -> "_Sums":
-        return _Sums(self.shift)
-
-    def merge(self, other: "_Sums") -> None:
-        away = other.shift - self.shift  # theirs are sums about another point
-        across = other.first @ away.transpose(1, 2)
-        self.count += other.count
-        self.first += other.first + other.count * away
-        self.second += other.second + across + across.transpose(1, 2) + other.count * away @ away.transpose(1, 2)
-
-    def moments(self) -> tuple[Float[Tensor, "cells d"], Float[Tensor, "cells d d"]]:
-        mean = self.first / self.count
-        covariance = (self.second - self.count * mean @ mean.transpose(1, 2)) / max(1, self.count - 1)
-        return (mean + self.shift)[..., 0], covariance
-
-
-def cell_grid(image_size: tuple[int, int], cell_size: int) -> tuple[int, int]:
-    """Rows and cols of cells of about `cell_size` px that cover an image."""
-    return max(1, round(image_size[0] / cell_size)), max(1, round(image_size[1] / cell_size))
-
-
-def _surprise_and_whitening(
-    covariance: Float[Tensor, "cells d d"], away: Float[Tensor, "cells d b"]
-) -> tuple[float, Float[Tensor, "cells d d"]]:
-    """The mean negative log-density of features, given as they lie from the mean, without its constant; the W of a
-    ScaleDistribution.
+    The modes are the first principal components of all cells' features together, from the n x n matrix of their inner
+    products.
     """
-    root = torch.linalg.cholesky(covariance)
-    whitening = torch.linalg.solve_triangular(root, torch.eye(root.shape[-1]).to(root).expand_as(root), upper=False)
-    squares = (whitening @ away).square().sum(1).mean()
-    return float(squares / 2 - whitening.diagonal(dim1=1, dim2=2).log().sum(1).mean()), whitening
+    mean = features.mean(2)
+    away = features - mean[..., None]
+    count = features.shape[2]
+    variance = away.square().sum(2).mean(0) / max(1, count - 1)
+    std = (variance + LEAST_VARIANCE).sqrt()
+    away = away / std[:, None]
+    flat = away.flatten(0, 1)
+    lengths, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
+    first = slice(count - min(num_modes, count // IMAGES_PER_MODE), count)
+    modes = flat @ (directions[:, first] / lengths[first].clamp(min=LEAST_VARIANCE).sqrt())
+    modes = modes.unflatten(0, away.shape[:2])
+    left = _without(modes, away)
+    return mean, std, modes, left @ left.transpose(1, 2) / max(1, count - 1)
 
 
-def _shrunk(covariance: Float[Tensor, "cells d d"], shrinkage: float) -> Float[Tensor, "cells d d"]:
+def _without(modes: Float[Tensor, "cells d modes"], away: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
+    """What lies across the modes."""
+    flat = modes.flatten(0, 1)
+    return away - modes @ (flat.T @ away.flatten(0, 1))
+
+
+def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Rows and cols of cells of about each size in px that cover an image; at least one cell.
+
+    >>> cell_grids((256, 240), (8, 32))
+    ((32, 30), (8, 8))
+    """
+    return tuple((max(1, round(image_size[0] / size)), max(1, round(image_size[1] / size))) for size in cell_sizes)
+
+
+def _whitening(
+    covariance: Float[Tensor, "cells d d"], unseen: Float[Tensor, "cells d b"]
+) -> Float[Tensor, "cells d d"]:
+    """The W of a CellDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
+    mean.
+
+    All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
+    root of (1 - s)A + sB is ((1 - s)Λ + s)^-½ QᵀL⁻¹.
+    """
     shared = covariance.mean(0)
-    floor = DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE
-    return (1 - shrinkage) * covariance + shrinkage * shared + floor.diag()
+    floor = (DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE).diag()
+    root = torch.linalg.inv(torch.linalg.cholesky(shared + floor))
+    spectrum, directions = torch.linalg.eigh(root @ (covariance + floor) @ root.T)
+    aligned = directions.transpose(1, 2) @ root
+    squares = (aligned @ unseen).square().mean(2)  # (cells, D)
+
+    def shrunk(share: float) -> Float[Tensor, "cells d"]:
+        return (1 - share) * spectrum.clamp(min=0) + share
+
+    def surprise(share: float) -> float:
+        """The mean negative log-density, but for its constant."""
+        return float((squares / shrunk(share) + shrunk(share).log()).sum(1).mean() / 2)
+
+    return aligned / shrunk(min(SHRINKAGES, key=surprise)).sqrt()[..., None]
 
 
 def _features(
     photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
-    scale: int, grid: tuple[int, int],
-) -> Float[Tensor, "cells d b"]:  # fmt: skip
-    """The four features of each filter at each cell; two without a repaired image."""
+    scale: int, grids: Sequence[tuple[int, int]],
+) -> list[Float[Tensor, "_ d b"]]:  # fmt: skip
+    """The four features of each filter at each cell of each grid; two without a repaired image."""
     own = _responses(photos, filters, scale)
-    parts = [_pooled(own, grid), _log_energy(own, grid)]
-    if repaired is not None:
-        others = _responses(repaired, filters, scale)
-        parts += [_pooled(others, grid), _log_energy(own - others, grid)]
-    return torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0)
+    others = None if repaired is None else _responses(repaired, filters, scale)
+    found = []
+    for grid in grids:
+        parts = [_compressed(own, grid), _log_energy(own, grid)]
+        if others is not None:
+            parts += [_compressed(others, grid), _log_energy(own - others, grid)]
+        found.append(torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0))
+    return found
+
+
+def _compressed(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:
+    return (_pooled(responses, grid) / KNEE).asinh()
 
 
 def _log_energy(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:

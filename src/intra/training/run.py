@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +17,17 @@ from torch import Tensor, nn
 
 import intra
 from intra.config import Config, preset
+from intra.data.cache import cached_set
 from intra.data.files import name_below, remove_leftovers, sha256_of
 from intra.data.folder import Category, find_category, require_enough
-from intra.data.images import auto_channels, auto_image_size, read_info, read_set, to_unit
+from intra.data.images import auto_channels, auto_image_size, in_threads, read_info, to_unit
 from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
 from intra.inspection.detector import MODEL_FILE, Detector, refuse_exported, repair
 from intra.inspection.device import in_chunks, pick_device, uses_bf16
-from intra.inspection.distribution import PatchDistribution, PatchMoments
+from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
 from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.models import InTra, build
 from intra.provenance import code_sha256
@@ -105,7 +105,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         config = _resolve(wanted, category)
     else:
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
-    training, validation = (images.to(chosen) for images in _read_split(category, config, seed))
+    training, validation = (images.to(chosen) for images in _read_split(category, config, seed, fingerprints))
     sampler = _sampler(training, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -175,7 +175,8 @@ def recalibrate(
                          "or train anew")
     config = loaded.config.with_settings(settings)
     config.check_grid()
-    training, validation = (images.to(loaded.device) for images in _read_split(category, config, known["seed"]))
+    training, validation = (images.to(loaded.device) for images in _read_split(
+        category, config, known["seed"], known["training_images"]))
     provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
                                            "intra": intra.__version__, "settings": dict(settings)}}
     _calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration).save(target)
@@ -242,14 +243,16 @@ def _resumed(
 
 def _fingerprints(category: Category) -> dict[str, str]:
     """The SHA-256 of every good image, by its path below the category."""
-    return {name_below(path, category.root): sha256_of(path) for path in category.train}
+    hashes = in_threads(sha256_of, category.train)
+    return {name_below(path, category.root): found for path, found in zip(category.train, hashes, strict=True)}
 
 
 def _read_split(
-    category: Category, config: Config, seed: int
+    category: Category, config: Config, seed: int, fingerprints: Mapping[str, str]
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
     """The good images that train, and those held out. Raises InTraError if there are too few for the settings."""
-    images = read_set(category.train, size=config.model.image_size, channels=config.model.channels)
+    images = cached_set(category.train, fingerprints.values(), size=config.model.image_size,
+                        channels=config.model.channels)
     train_index, validation_index = _split(len(images), config, seed)
     if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
         raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
@@ -317,13 +320,15 @@ def _calibrated(
     model = model.to(device).eval()
     scoring = config.scoring
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
-    moments = PatchMoments(training, scales=scoring.distribution_scales, num_filters=scoring.num_filters,
-                           cell_size=scoring.cell_size, seed=provenance["seed"]) if "distribution" in kinds else None
-    trained_on, held_out, unseen = _examined(model, config, training, validation, kinds, moments, on_calibration)
+    describe = (PatchFeatures.of(training, scoring=scoring, seed=provenance["seed"]) if "distribution" in kinds
+                else None)
+    (trained_on, seen), (held_out, unseen) = _examined(model, config, training, validation, kinds, describe,
+                                                       on_calibration)
+    good = GoodPatches(describe, seen, num_modes=scoring.num_modes) if describe else None
 
     def fitted(places: list[int]) -> PatchDistribution | None:
         """The distribution, held against the held-out images at these places."""
-        return moments.fitted_to([each[..., places] for each in unseen]) if moments else None
+        return good.fitted([each[..., places] for each in unseen]) if good else None
 
     def evidence(distribution: PatchDistribution | None) -> Tensor:
         """Of the held-out images; the distribution's as the last."""
@@ -335,7 +340,7 @@ def _calibrated(
     distribution = fitted(list(range(len(held_out))))
     reference, scores = calibrate(evidence(distribution), trained_on if scoring.reference == "training" else None,
                                   kinds=kinds, scoring=scoring,
-                                  refit=(lambda places: evidence(fitted(places))) if moments else None)
+                                  refit=(lambda places: evidence(fitted(places))) if good else None)
     everything = torch.cat([training, validation])  # the network has no part in it: all good images count
     setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
@@ -344,30 +349,25 @@ def _calibrated(
 
 def _examined(
     model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
-    kinds: Sequence[Evidence], moments: PatchMoments | None, on_calibration: Callable[[int, int], None] | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """The evidence of training and of held-out images without the distribution's; and the held-out ones' features at
-    each scale, the training images' being added to the moments.
-    """
+    kinds: Sequence[Evidence], describe: PatchFeatures | None, on_calibration: Callable[[int, int], None] | None,
+) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:  # fmt: skip
+    """Of training and of held-out images the evidence without the distribution's, and the distribution's features."""
     scoring = config.scoring
-    learns = moments is not None or scoring.reference == "training"
+    learns = describe is not None or scoring.reference == "training"
     count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
     chosen = torch.linspace(0, len(training) - 1, count).round().long()
     total = count + len(validation)
-    inspected = partial(_inspected, model, config, kinds, on_calibration)
-    trained_on: list[Tensor] = []
-    held_out: list[Tensor] = []
-    features: list[list[Tensor]] = []
-    for photos, repaired, evidence in inspected(training[chosen.to(training.device)], 0, total):
-        trained_on.append(evidence.cpu())
-        if moments:
-            moments.add(photos, repaired)
-    for photos, repaired, evidence in inspected(validation, count, total):
-        held_out.append(evidence.cpu())
-        if moments:
-            features.append(moments.features(photos, repaired))
-    unseen = [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
-    return torch.cat([held_out[0][:0], *trained_on]), torch.cat(held_out), unseen
+
+    def examined(images: Tensor, num_before: int) -> tuple[Tensor, list[Tensor]]:
+        found = [torch.zeros(0, len(kinds) - (describe is not None), *images.shape[-2:])]
+        features: list[list[Tensor]] = []
+        for photos, repaired, evidence in _inspected(model, config, kinds, on_calibration, images, num_before, total):
+            found.append(evidence.cpu())
+            if describe:
+                features.append(describe(photos, repaired))
+        return torch.cat(found), [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
+
+    return examined(training[chosen.to(training.device)], 0), examined(validation, count)
 
 
 def _inspected(

@@ -1,0 +1,250 @@
+"""How fast training and inspection are on this machine, as a share of what its matrix products reach: table and JSON.
+
+    python benchmarks/speed.py --out benchmarks/results/speed/NAME [--device cpu] [--against OTHER/speed.json]
+
+For each preset: a step of training (its own batch), and inspection from decoded photo to verdict, one photo at a time
+and in batches; beside them the naive loop, which hides one patch, runs the network on its window in fp32, and takes the
+next, and plain eager fp32. Weights are random: the time does not depend on them. FLOPs are those of matrix products and
+convolutions, counted by torch. The peak is that of a large matrix product in the same precision, measured in the same
+process just before, so that shares compare between noisy machines. Each row has a process of its own; its memory is the
+highest resident size. With --against, shares that fell by more than a fifth are named, and the exit code is 1.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import intra
+from intra.config import Config, preset
+from intra.data.files import write_atomically
+from intra.geometry import covering_windows, patchify
+from intra.inspection.anomaly import Reference, evidence_kinds
+from intra.inspection.detector import Detector
+from intra.inspection.device import autocast, uses_bf16
+from intra.inspection.distribution import GoodPatches, PatchFeatures
+from intra.models import build
+from intra.training.engine import _optimizer, _step
+from intra.training.run import _fabric, _sampler
+
+SIDE = 256  # px
+NUM_PHOTOS = 16
+PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product says what the machine can do
+NAIVE_WINDOWS = 4  # of the loop are timed; its time an image is theirs times the number of windows
+WORST_FALL = 0.2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in ms for one image (inspection) or one step (training)."""
+
+    task: str  # "training" or "inspection"
+    preset: str
+    way: str  # "as shipped", "fp32", "naive loop"
+    batch: int
+    precision: str
+    first_ms: float
+    p50_ms: float
+    p95_ms: float
+    images_per_s: float  # windows for the preset paper's training
+    gflop: float  # of one image or step
+    peak_gflop_per_s: float
+    share_of_peak: float
+    memory_mib: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.preset} {self.way} {self.batch}"
+
+
+def resolved(name: str) -> Config:
+    """The preset for colour photos of SIDE px."""
+    config = preset(name)
+    grid = SIDE // config.model.patch_size
+    return replace(config, model=replace(config.model, grid=(grid, grid), channels=3))
+
+
+def photos() -> np.ndarray:
+    """Noise over a gradient, uint8 (N, H, W, C)."""
+    rng = np.random.default_rng(0)
+    slope = np.linspace(0, 150, SIDE)[:, None, None]
+    return (slope + rng.uniform(0, 100, (NUM_PHOTOS, SIDE, SIDE, 3))).astype(np.uint8)
+
+
+def detector_of(config: Config, device: str) -> Detector:
+    """A detector with random weights and everything that a trained one has."""
+    torch.manual_seed(0)
+    kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
+    reference = Reference(torch.zeros(len(kinds), SIDE, SIDE), torch.ones(SIDE, SIDE),
+                          torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
+    distribution = None
+    if "distribution" in kinds:
+        pixels = torch.from_numpy(photos()).permute(0, 3, 1, 2).float() / 255
+        describe = PatchFeatures.of(pixels, scoring=config.scoring, seed=0)
+        features = describe(pixels, pixels.roll(1, 0))
+        distribution = GoodPatches(describe, features, num_modes=config.scoring.num_modes).fitted(features)
+    return Detector(build(config.model), config, reference=reference, held_out_scores=[1.0] * 20, provenance={},
+                    distribution=distribution, device=device)
+
+
+def synchronised(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds that the work takes, the device's part included."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(device: torch.device, precision: str) -> float:
+    """GFLOP/s of a large matrix product: the best of several."""
+    side = PEAK_SIDE[device.type]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * side**3 / min(synchronised(device, lambda: torch.mm(a, b)) for _ in range(5)) / 1e9
+
+
+def counted(work: Callable[[], object]) -> float:
+    """GFLOP of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
+
+
+def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: int) -> Row:
+    """Measured in this process."""
+    device = torch.device(device_name)
+    config = resolved(name)
+    if way != "as shipped":
+        config = replace(config, train=replace(config.train, precision="fp32"),
+                         scoring=replace(config.scoring, precision="fp32"))
+    part = config.train if task == "training" else config.scoring
+    precision = "bf16" if uses_bf16(device, part.precision) else "fp32"
+    best = peak(device, precision)
+    factor, items = 1.0, batch  # of the timed work: images for one call, and what one call stands for
+    if task == "training":
+        work, items = training_step(config, device)
+    elif way == "naive loop":
+        work, factor = naive(config, device)
+    else:
+        detector = detector_of(config, device_name)
+        arrays = [*photos()[:batch]]
+        work = lambda: detector.predict_batch(arrays)  # noqa: E731  one expression
+    per = 1 if task == "training" else items
+    gflop = counted(work) * factor / per
+    first = synchronised(device, work)
+    times = sorted(synchronised(device, work) for _ in range(repeats))
+    p50 = statistics.median(times)
+    memory = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    scale = 1000 * factor / per
+    return Row(task, name, way, items if task == "training" else batch, precision, first * scale, p50 * scale,
+               times[min(len(times) - 1, int(0.95 * len(times)))] * scale, items / (p50 * factor), gflop, best,
+               gflop / (p50 * factor / per) / best, memory)
+
+
+def training_step(config: Config, device: torch.device) -> tuple[Callable[[], object], int]:
+    """A step of the optimiser as `fit` makes it, and its windows."""
+    pixels = torch.from_numpy(photos()).permute(0, 3, 1, 2).contiguous().to(device)
+    sampler = _sampler(pixels, config, 0)
+    model = build(config.model)
+    fabric = _fabric(device, config)
+    network, optimizer = fabric.setup(model, _optimizer(model, config.train))
+    steps = iter(range(10**6))
+    return lambda: _step(network, optimizer, sampler.batch(next(steps)), fabric=fabric, config=config.train,
+                         model_config=config.model), sampler.batch_size
+
+
+def naive(config: Config, device: torch.device) -> tuple[Callable[[], object], float]:
+    """Some windows of the loop over all patches, one hidden in each; and how many times as many an image takes."""
+    model = build(config.model).to(device).eval()
+    size, grid = config.model.patch_size, config.model.grid
+    pixels = torch.from_numpy(photos()[:1]).permute(0, 3, 1, 2).float().to(device) / 255
+    patches = patchify(pixels, size)
+    # with the whole grid as its window, a lattice as wide as the grid hides one patch at a time
+    positions, hidden = (part.to(device) for part in covering_windows(grid, config.model.window_size, max(grid)))
+
+    @torch.no_grad()
+    def work() -> None:
+        with autocast(device, "fp32"):
+            for index in range(NAIVE_WINDOWS):
+                model(patches[:, positions[index]], positions[index : index + 1], hidden[index : index + 1])
+
+    return work, len(positions) / NAIVE_WINDOWS
+
+
+def table(rows: list[Row]) -> str:
+    """What the documents show."""
+    lines = ["| task | preset | way | batch | precision | first, ms | p50, ms | p95, ms | images/s | GFLOP | share of "
+             "the peak | memory, MiB |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {each.task} | {each.preset} | {each.way} | {each.batch} | {each.precision} | {each.first_ms:,.0f} | "
+              f"{each.p50_ms:,.0f} | {each.p95_ms:,.0f} | {each.images_per_s:.3g} | {each.gflop:,.1f} | "
+              f"{each.share_of_peak:.0%} of {each.peak_gflop_per_s:,.0f} | {each.memory_mib:,.0f} |" for each in rows]
+    return "\n".join(lines)
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The machine, and the code."""
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+              if line.startswith("model name")]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                            cwd=Path(__file__).parent).stdout.strip()
+    return {"processor": models[0], "cores": len(models), "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "commit": commit,
+            "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
+
+
+def falls(rows: list[Row], before: dict[str, Any]) -> list[str]:
+    """Rows whose share of the peak fell by more than WORST_FALL."""
+    old = {Row(**each).name: Row(**each) for each in before["rows"]}
+    return [f"{each.name}: {old[each.name].share_of_peak:.1%} of the peak before, {each.share_of_peak:.1%} now"
+            for each in rows if each.name in old
+            and each.share_of_peak < (1 - WORST_FALL) * old[each.name].share_of_peak]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--presets", default="fast,paper")
+    parser.add_argument("--repeats", type=int, default=7, help="of each row; rows of more than 10 s are timed once")
+    parser.add_argument("--against", type=Path)
+    arguments = parser.parse_args()
+    batches = (1, 8) if arguments.device == "cpu" else (1, 8, 64)
+    rows = []
+    for name in arguments.presets.split(","):
+        slow = name == "paper" and arguments.device == "cpu"
+        cases = [("training", "as shipped", 0), ("inspection", "naive loop", 1), ("inspection", "fp32", 1),
+                 *(("inspection", "as shipped", batch) for batch in batches)]
+        if slow:  # a step of 256 windows takes minutes, an image half of one
+            cases = [("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
+        for task, way, batch in cases:
+            repeats = 1 if slow and way == "as shipped" else arguments.repeats
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # its own memory
+                rows.append(pool.apply(row, (task, name, way, batch, arguments.device, repeats)))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    content = {"hardware": hardware(arguments.device), "side_px": SIDE, "rows": [asdict(each) for each in rows]}
+    write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(arguments.out / "table.md", table(rows) + "\n")
+    print(content["hardware"])
+    found = falls(rows, json.loads(arguments.against.read_text())) if arguments.against else []
+    print("\n".join(found))
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

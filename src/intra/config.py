@@ -356,7 +356,7 @@ def _outside(settings: Any, least: int, most: int, *names: str) -> list[str]:
 
 
 # The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is
-# read out from its own token; 9 passes inspect an image. docs/decisions/0001-lattice.md
+# read out from its own token; 4 passes inspect an image. docs/decisions/0001-lattice.md
 _FAST = Config(
     preset="fast",
     model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token",
@@ -369,7 +369,7 @@ _FAST = Config(
         max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0009-distribution.md; with difference_weight also 0003-spread.md, 0006-scales.md
-    scoring=ScoringConfig(scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,
+    scoring=ScoringConfig(lattice=2, scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,
                           difference_weight=0.0, distribution_weight=1.0, precision="auto"),
 )
 

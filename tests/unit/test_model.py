@@ -165,6 +165,17 @@ def test_feature_attention_has_the_papers_widths():
     assert attention.value.out_features == 512
 
 
+def test_the_last_block_computes_for_hidden_tokens_alone_what_it_would_for_all():
+    torch.manual_seed(0)
+    network = build(SMALL_LATTICE).double()
+    tokens = torch.rand(3, SMALL_LATTICE.grid[0] * SMALL_LATTICE.grid[1], SMALL_LATTICE.embed_dim, dtype=torch.float64)
+    places = torch.tensor([0, 5, 6, tokens.shape[1] + 2])
+    seen = []
+    network.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    torch.testing.assert_close(network.encode(tokens, places), network.encode(tokens).flatten(0, 1)[places])
+    assert seen == [4, 3]  # tokens in a row, then windows of them
+
+
 @pytest.mark.parametrize("config", [SMALL, SMALL_LATTICE], ids=["mean", "token"])
 def test_one_batch_is_overfitted(config):
     model = make(config)

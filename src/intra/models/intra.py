@@ -33,16 +33,16 @@ class Attention(nn.Module):
         self.value = _mlp(embed_dim, 2 * embed_dim, embed_dim) if value_mlp else nn.Linear(embed_dim, embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The tokens, each a mixture of all."""
+    def forward(self, x: Float[Tensor, "b t d"], places: Int[Tensor, " h"] | None = None) -> Float[Tensor, "*t d"]:
+        """The tokens, each a mixture of all; with `places` only those, where all lie in a row, (H, D)."""
         query, key, value = (  # (B, heads, T, width)
             part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
         # Written out: the heads of MFSA differ in width, which the fused kernels refuse, and for so few tokens this is
         # several times faster on a CPU, forwards and backwards, than scaled_dot_product_attention : docs/decisions/0002
         weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1), dim=-1)  # (B, heads, T, T)
-        mixed = weights @ value
-        return self.proj(mixed.transpose(1, 2).flatten(-2))  # (B, T, D)
+        mixed = (weights @ value).transpose(1, 2).flatten(-2)  # (B, T, D)
+        return self.proj(mixed if places is None else mixed.flatten(0, 1)[places])
 
 
 class Block(nn.Module):
@@ -55,9 +55,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = _mlp(embed_dim, int(embed_dim * mlp_ratio), embed_dim)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The tokens after this block."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Float[Tensor, "b t d"], places: Int[Tensor, " h"] | None = None) -> Float[Tensor, "*t d"]:
+        """The tokens after this block; with `places` only those, where all lie in a row, (H, D)."""
+        mixed = self.attn(self.norm1(x), places)
+        x = (x if places is None else x.flatten(0, 1)[places]) + mixed
         return x + self.mlp(self.norm2(x))
 
 
@@ -119,10 +120,11 @@ class InTra(nn.Module):
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
             places: `hidden.flatten().nonzero()[:, 0]`, from who knows it: then no shape depends on a value.
         """
-        inpainted = self.read_out(self.encode(self.embed(patches, positions, hidden)), hidden, places)
-        if self.mean_patches is None:
-            return inpainted
-        return inpainted + self.mean_patches[positions[hidden] if places is None else positions.flatten()[places]]
+        places = hidden.flatten().nonzero()[:, 0] if places is None else places
+        tokens = self.embed(patches, positions, hidden)
+        # no activation at the end, so pixels may leave [0, 1]
+        inpainted = self.head(self.encode(tokens).mean(1) if self.readout == "mean" else self.encode(tokens, places))
+        return inpainted if self.mean_patches is None else inpainted + self.mean_patches[positions.flatten()[places]]
 
     @torch.no_grad()
     def start_from(self, mean_patches: Float[Tensor, "n p"]) -> None:
@@ -143,13 +145,19 @@ class InTra(nn.Module):
         embedded = torch.where(hidden[..., None], self.hidden_token.to(embedded.dtype), embedded)
         return embedded + self.pos_embed[positions]
 
-    def encode(self, tokens: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The tokens after all blocks; block depth + 1 − i also receives the output of block i."""
+    def encode(
+        self, tokens: Float[Tensor, "b t d"], places: Int[Tensor, " h"] | None = None
+    ) -> Float[Tensor, "*t d"]:
+        """The tokens after all blocks; block depth + 1 − i also receives the output of block i.
+
+        With `places` only those, where all lie in a row, (H, D): the last block does nothing for the others.
+        """
         outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index in self.skips:
                 tokens = tokens + outputs[self.skips[index]]
-            tokens = block(self.add_conditional_positions(tokens, index))
+            is_last = index == len(self.blocks) - 1
+            tokens = block(self.add_conditional_positions(tokens, index), places if is_last else None)
             outputs.append(tokens)
         return self.norm(tokens)
 
@@ -159,14 +167,6 @@ class InTra(nn.Module):
             return tokens
         laid = tokens.transpose(1, 2).unflatten(2, self.window_shape)  # (B, D, rows, cols)
         return tokens + self.pos_convs[index](laid).flatten(2).transpose(1, 2)
-
-    def read_out(
-        self, tokens: Float[Tensor, "b t d"], hidden: Bool[Tensor, "b t"], places: Int[Tensor, " h"] | None = None
-    ) -> Float[Tensor, "h p"]:
-        """The inpainted patches from the output tokens; no activation, so pixels may leave [0, 1]."""
-        if self.readout == "mean":
-            return self.head(tokens.mean(1))
-        return self.head(tokens[hidden] if places is None else tokens.flatten(0, 1)[places])
 
 
 def long_residual_pairs(depth: int) -> dict[int, int]:

@@ -257,7 +257,7 @@ def _forged(content: bytes, rng: random.Random) -> bytes:
     """A model file whose header, or one of whose tensors, was changed by somebody who can make a checksum."""
     from safetensors.torch import load, save
 
-    from intra.inspection.detector import _digest
+    from intra.inspection.model_file import content_digest
 
     (length,) = struct.unpack("<Q", content[:8])
     envelope = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["intra"])
@@ -280,7 +280,7 @@ def _forged(content: bytes, rng: random.Random) -> bytes:
                     break
             place[key] = rng.choice(VALUES)
     header = json.dumps(info, sort_keys=True)
-    signed = {"header": header, "sha256": _digest(header, tensors), "format_version": envelope["format_version"]}
+    signed = {"header": header, "sha256": content_digest(header, tensors), "format_version": envelope["format_version"]}
     return save(tensors, metadata={"intra": json.dumps(signed)})
 
 

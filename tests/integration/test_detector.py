@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from intra.errors import InTraError
-from intra.inspection.detector import FORMAT_VERSION, Detector, _digest
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import FORMAT_VERSION, content_digest
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def forged(detector: Detector, path: Path, change) -> None:
     info, tensors = json.loads(json.dumps(detector.info)), load_file(path)
     change(info, tensors)
     header = json.dumps(info)
-    envelope = {"header": header, "sha256": _digest(header, tensors), "format_version": FORMAT_VERSION}
+    envelope = {"header": header, "sha256": content_digest(header, tensors), "format_version": FORMAT_VERSION}
     save_file(tensors, path, metadata={"intra": json.dumps(envelope)})
 
 

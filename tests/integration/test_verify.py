@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from intra.data.files import sha256_of
 from intra.deploy.verify import manifest_of, summary, training_images_of
 from intra.errors import InTraError
-from intra.inspection.detector import FORMAT_VERSION, Detector, _digest
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import FORMAT_VERSION, content_digest
 from intra.provenance import code_sha256
 
 
@@ -51,7 +52,7 @@ def forged(run, target: Path, change) -> Path:
     info, tensors = json.loads(json.dumps(Detector.load(run.path).info)), load_file(run.model_path)
     change(info["provenance"])
     header = json.dumps(info)
-    envelope = {"header": header, "sha256": _digest(header, tensors), "format_version": FORMAT_VERSION}
+    envelope = {"header": header, "sha256": content_digest(header, tensors), "format_version": FORMAT_VERSION}
     save_file(tensors, target, metadata={"intra": json.dumps(envelope)})
     return target
 

@@ -28,7 +28,8 @@ from intra.config import Config
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference
 from intra.inspection.calibration import Threshold, moved_threshold
-from intra.inspection.detector import SETUP_TENSORS, Detector, stored_setup
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import SETUP_TENSORS, stored_setup
 from intra.inspection.setup import Setup
 
 __all__ = ["EXPORT_VERSION", "METADATA_KEY", "OUTPUTS", "ExportedDetector", "extra_installed", "header_text",

@@ -13,7 +13,8 @@ from intra.data.files import name_below, sha256_of
 from intra.data.folder import find_category
 from intra.deploy.exported import EXPORT_VERSION
 from intra.errors import InTraError
-from intra.inspection.detector import Detector, model_file
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import model_file
 from intra.provenance import code_sha256
 
 __all__ = ["manifest_of", "summary", "training_images_of"]

@@ -21,8 +21,9 @@ from intra.deploy.record import RECORD_FILE, Counts, Entry, Record, held
 from intra.deploy.webhook import Courier
 from intra.errors import InTraError
 from intra.evaluation.predict import PICTURES_FOLDER, save_pictures
-from intra.inspection.detector import Detector, Prediction, model_file
+from intra.inspection.detector import Detector, Prediction
 from intra.inspection.device import OutOfMemoryError
+from intra.inspection.model_file import model_file
 from intra.training.interrupt import stop_on_signal
 
 __all__ = ["Verdict", "Watcher", "watch"]

@@ -22,7 +22,8 @@ from intra.data.folder import Category
 from intra.errors import InTraError
 from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.methods import Method
-from intra.inspection.detector import MODEL_FILE, Detector
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import MODEL_FILE
 from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.engine import Report
 from intra.training.run import Run, recalibrate, train

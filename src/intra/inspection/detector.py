@@ -1,11 +1,10 @@
 """The detector: a trained model with everything that an inspection needs, in one file."""
 
-import hashlib
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy import ndimage
 from torch import Tensor, nn
@@ -27,19 +25,25 @@ from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold, p_value
 from intra.inspection.device import autocast, in_chunks, pick_device
-from intra.inspection.distribution import CellDistribution, PatchDistribution, PatchFeatures, cell_grids
+from intra.inspection.distribution import PatchDistribution
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
+from intra.inspection.model_file import (
+    DISTRIBUTION_TENSORS,
+    FORMAT_VERSION,
+    SETUP_TENSORS,
+    check_content,
+    content_digest,
+    model_file,
+    read_model,
+    stored_distribution,
+    stored_setup,
+)
 from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
 from intra.similarity import box_blur
 
-__all__ = ["FORMAT_VERSION", "MODEL_FILE", "READERS", "SETUP_TENSORS", "Defect", "Detector", "Prediction",
-           "is_exported", "model_file", "refuse_exported", "repair", "stored_setup"]
+__all__ = ["READERS", "Defect", "Detector", "Prediction", "is_exported", "refuse_exported", "repair"]
 
-FORMAT_VERSION = 4  # of model.safetensors; other versions are refused
-MODEL_FILE = "model.safetensors"
-DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale and grid
-SETUP_TENSORS = ("mean", "centre", "spread")
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
 # inspection knows no other runtime: docs/decisions/0012-export.md
@@ -118,7 +122,7 @@ class Detector:
             exported: Detector = import_module(READERS[Path(path).suffix.lower()]).load_exported(
                 Path(path), device=device, threshold=threshold, false_reject_rate=false_reject_rate)
             return exported
-        header, tensors = _read_model(model_file(Path(path)))
+        header, tensors = read_model(model_file(Path(path)))
         try:
             config = Config.from_dict(header["config"])
             config.check_grid()
@@ -126,9 +130,9 @@ class Detector:
             chosen = Threshold(**header["calibration"]["threshold"])
             reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None),
                                   tensors.pop("reference.tails", None))
-            distribution = _distribution(config, tensors)
+            distribution = stored_distribution(config, tensors)
             setup = stored_setup(config, tensors, header["calibration"].get("setup_scores"))
-            _check_content(config, tensors, reference, [chosen.value, *scores], provenance)
+            check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
                 model = build(config.model)
             model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()}, assign=True)
@@ -172,7 +176,7 @@ class Detector:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         header = json.dumps(self.info, sort_keys=True)
-        digest = _digest(header, tensors)
+        digest = content_digest(header, tensors)
         metadata = {"intra": json.dumps({"header": header, "sha256": digest, "format_version": FORMAT_VERSION})}
         write_atomically(Path(path), save(tensors, metadata=metadata))
 
@@ -268,14 +272,6 @@ def repair(
         return repaired, torch.cat(evidence, dim=1)
 
 
-def model_file(path: Path) -> Path:
-    """The model file of a run's folder, or the file itself. Raises InTraError if it is not there."""
-    file = path / MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InTraError(f"no model at {file}; expected a run's folder or a {MODEL_FILE}; train one with `intra train`")
-    return file
-
-
 def is_exported(path: str | Path) -> bool:
     """Whether a path names an exported model, by the end of its name."""
     return Path(path).suffix.lower() in READERS and not Path(path).is_dir()
@@ -286,100 +282,6 @@ def refuse_exported(path: str | Path) -> None:
     if is_exported(path):
         raise InTraError(f"{path} is an exported model, which stays as it is; pass the run that it was made of, and "
                          "export what comes of it")
-
-
-def _read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a model file. Nothing is unpickled. Raises InTraError that names what is wrong."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = (opened.metadata() or {}).get("intra")
-            if metadata is None:
-                raise InTraError(f"{file} is a safetensors file, but no model of intra")
-            envelope = json.loads(metadata)
-            version = envelope["format_version"]
-            if version != FORMAT_VERSION:
-                raise InTraError(f"{file} has format version {version}; this intra reads version {FORMAT_VERSION}; "
-                                 "use the intra that wrote it, or train again")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no mapping
-            header = json.loads(envelope["header"])
-            is_whole = _digest(envelope["header"], tensors) == envelope.get("sha256")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, InTraError):
-            raise
-        raise InTraError(f"{file} is damaged or no model of intra ({error}); train or copy it again") from error
-    if not is_whole:
-        raise InTraError(f"{file} is damaged: its content does not match its checksum; train or copy it again")
-    return header, tensors
-
-
-def _distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistribution | None:
-    """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config."""
-    scoring, model = config.scoring, config.model
-    if not scoring.distribution_weight:
-        return None
-    grids = cell_grids(model.image_size, scoring.cell_sizes)
-    filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
-    parts: list[CellDistribution] = []
-    for each, (num_rows, num_cols) in itertools.product(filters, grids):
-        part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
-        places, width = num_rows * num_cols, 4 * len(each)
-        if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
-                part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
-                each.ndim != 4 or each.shape[1] != model.channels):
-            raise ValueError("a distribution of another size than the image's")
-        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in (
-                each, part.mean, part.std, part.modes, part.whitening)) or not (part.std > 0).all():
-            raise ValueError("a distribution with numbers that are not finite, or not fp32")
-        parts.append(part)
-    return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters)), tuple(parts))
-
-
-def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:
-    """Takes the setup's reference out of a model file's tensors. Raises ValueError where it does not fit the config."""
-    if scores is None:
-        return None
-    mean, centre, spread = (tensors.pop(f"setup.{name}") for name in SETUP_TENSORS)
-    if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (mean, centre, spread)) or not all(
-            isinstance(score, float) and math.isfinite(score) for score in scores):
-        raise ValueError("a setup with numbers that are not finite, or not fp32")
-    setup = Setup(mean, centre, spread, tuple(scores))
-    if not scores or not setup.fits(config.model.image_size, config.model.channels) or not (spread > 0).all():
-        raise ValueError("a setup of another size than the image's")
-    return setup
-
-
-def _check_content(
-    config: Config, tensors: dict[str, Tensor], reference: Reference, numbers: Sequence[object], provenance: object
-) -> None:
-    """Raises ValueError where a file, whole as it is, cannot be the model that its header describes."""
-    depth = sum(name.startswith("model.blocks.") and name.endswith(".norm1.weight") for name in tensors)
-    if config.model.network == "intra" and depth != config.model.depth:  # before a network of that depth is built
-        raise ValueError(f"depth {config.model.depth}, but {depth} blocks")
-    kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
-    expected = {"mean": (len(kinds), *config.model.image_size), "spread": config.model.image_size,
-                "tails": (len(kinds), 2)}
-    parts = {name: part for name in expected if (part := getattr(reference, name)) is not None}
-    if any(part.shape != expected[name] for name, part in parts.items()):
-        raise ValueError("reference maps of another number or size than the image's")
-    if ("tails" in parts) != (len(kinds) > 1):
-        raise ValueError(f"{len(kinds)} kinds of evidence, {'with' if 'tails' in parts else 'without'} their tails")
-    counters = [tensors[name] for name in tensors if name.endswith(".num_batches_tracked")]
-    numbers_of_net = [tensors[name] for name in tensors if not name.endswith(".num_batches_tracked")]
-    if any(counter.dtype != torch.int64 for counter in counters) or any(
-            part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts.values(), *numbers_of_net)):
-        raise ValueError("numbers that are not finite, or not fp32")
-    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
-        raise ValueError("a threshold or a score that is no number")
-    if not isinstance(provenance, dict):
-        raise TypeError("no provenance")
-
-
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _resize(maps: Float[Tensor, "c h w"], size: tuple[int, int]) -> Float[Tensor, "c height width"]:

@@ -16,7 +16,8 @@ from intra.data.images import UnreadableError, prepare, read_image
 from intra.data.layout import image_files
 from intra.errors import InTraError
 from intra.inspection.calibration import Threshold, choose_threshold
-from intra.inspection.detector import IMAGES_PER_BATCH, MODEL_FILE, Detector, refuse_exported
+from intra.inspection.detector import IMAGES_PER_BATCH, Detector, refuse_exported
+from intra.inspection.model_file import MODEL_FILE
 from intra.inspection.setup import LEAST_GOOD, Setup
 
 __all__ = ["Recalibrated", "calibrate"]
@@ -106,7 +107,7 @@ def _distinct(files: Sequence[Path]) -> tuple[list[Path], tuple[tuple[Path, Path
     duplicates, unreadable = [], []
     for path in files:
         try:
-            digest = _digest(read_image(path))
+            digest = content_digest(read_image(path))
         except UnreadableError as error:
             unreadable.append(f"{path} ({error.reason})")
             continue
@@ -118,7 +119,7 @@ def _distinct(files: Sequence[Path]) -> tuple[list[Path], tuple[tuple[Path, Path
     return list(first.values()), tuple(duplicates)
 
 
-def _digest(image: np.ndarray) -> bytes:
+def content_digest(image: np.ndarray) -> bytes:
     content = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     content.update(image.tobytes())
     return content.digest()

@@ -25,9 +25,10 @@ from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
-from intra.inspection.detector import MODEL_FILE, Detector, refuse_exported, repair
+from intra.inspection.detector import Detector, refuse_exported, repair
 from intra.inspection.device import in_chunks, pick_device, uses_bf16
 from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
+from intra.inspection.model_file import MODEL_FILE
 from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.models import InTra, build
 from intra.provenance import code_sha256

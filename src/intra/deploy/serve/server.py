@@ -18,7 +18,8 @@ from intra.deploy.serve.app import create_app
 from intra.deploy.serve.guard import check_token, is_loopback
 from intra.deploy.serve.limits import Limits
 from intra.errors import InTraError
-from intra.inspection.detector import MODEL_FILE, Detector
+from intra.inspection.detector import Detector
+from intra.inspection.model_file import MODEL_FILE
 
 __all__ = ["bound_socket", "make_server", "run_server"]
 

@@ -216,6 +216,8 @@ def serve(
 def demo(
     out: OutOption = Path("demo"),
     steps: Annotated[int, typer.Option(help="Training steps of each category.")] = 60,
+    image_size: Annotated[str | None, typer.Option(
+        metavar="auto|N|HxW", help="Height and width in px; 128 is quicker and finds less.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make the built-in photos, train on them, evaluate, and write the report. A few minutes on two cores."""
@@ -229,7 +231,8 @@ def demo(
     found = []
     for category in find_categories(out / "data"):
         run = out / "runs" / category.name
-        if _train_one(category, run, preset="fast", steps=steps, device=device, resume=True):
+        if _train_one(category, run, preset="fast", steps=steps, image_size=image_size, device=device,
+                      resume=True):
             raise typer.Exit(1)
         folder = out / "results" / category.name
         found.append((category.name, _evaluate_one(Detector.load(run, device=device), category, folder), folder))

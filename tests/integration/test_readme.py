@@ -92,10 +92,10 @@ def last_command_of(target: str) -> str:
 
 
 def test_make_demo_runs_what_is_tested_here(tmp_path):
-    """`make demo` on a machine that has everything is this one command; here with three steps."""
+    """`make demo` on a machine that has everything is this one command; here with three steps at 96 px."""
     command = last_command_of("demo").replace(".venv/bin/", "")
     assert command == "intra demo --out demo"
-    said = run(f"{command} --steps 3", tmp_path)
+    said = run(f"{command} --steps 3 --image-size 96", tmp_path)
     assert "fabric" in said
     assert "gear" in said
     for category in ("fabric", "gear"):

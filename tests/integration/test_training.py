@@ -76,7 +76,7 @@ def test_same_seed_same_weights(photos, tmp_path):
 def test_resumed_equals_uninterrupted(photos, tmp_path, settings):
     """Bit for bit, also when stopped in the middle of an epoch."""
     settings = TINY | settings
-    whole = train(photos / "gear", tmp_path / "whole", steps=40, image_size=64, settings=settings)
+    whole = train(photos / "gear", tmp_path / "whole", steps=28, image_size=64, settings=settings)
     seen = []
 
     def stop_at_17(report):
@@ -88,14 +88,14 @@ def test_resumed_equals_uninterrupted(photos, tmp_path, settings):
     interval = "intra.training.engine.REPORT_EVERY_S"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interval, 0.0)
-        stopped = train(photos / "gear", tmp_path / "part", steps=40, image_size=64, settings=settings,
+        stopped = train(photos / "gear", tmp_path / "part", steps=28, image_size=64, settings=settings,
                         on_report=stop_at_17)
     assert stopped.interrupted
-    assert stopped.num_steps < 40
+    assert stopped.num_steps < 28
     assert Detector.load(stopped.path).threshold is not None  # usable as it is
     resumed = train(photos / "gear", tmp_path / "part", resume=True)  # with the budget of the run
     assert not resumed.interrupted
-    assert resumed.num_steps == 40
+    assert resumed.num_steps == 28
     assert same(weights(resumed), weights(whole))
     columns = ("step", "epoch", "learning_rate", "validation_loss")
     assert [[row[c] for c in columns] for row in log_of(resumed.path)] == [
@@ -245,17 +245,20 @@ def test_mistakes_are_named(photos, tmp_path):
 def test_no_image_is_decoded_twice(photos, tmp_path, monkeypatch):
     from intra.data import images
 
+    monkeypatch.setenv("INTRA_CACHE", str(tmp_path / "cache"))
     decoded: list[str] = []
     original = images.read_image
     monkeypatch.setattr(images, "read_image", lambda image: decoded.append(str(image)) or original(image))
-    train(photos / "gear", tmp_path, steps=30, image_size=64, settings=TINY)
-    assert sorted(decoded) == sorted(str(path) for path in find_categories(photos / "gear")[0].train)
+    for folder in ("first", "second"):  # the second takes them from the cache
+        train(photos / "gear", tmp_path / folder, steps=15, image_size=64, settings=TINY)
+        assert sorted(decoded) == sorted(str(path) for path in find_categories(photos / "gear")[0].train)
 
 
 def test_the_paper_preset_trains_and_inspects(photos, tmp_path):
     """The paper's network and protocol, on images of 112 px and with a small batch so that it takes seconds."""
     run = train(photos / "gear", tmp_path, preset="paper", steps=2, image_size=112,
-                settings={"train.batch_size": "4", "data.max_validation_images": "1", "train.windows_per_image": "1"})
+                settings={"train.batch_size": "4", "data.max_validation_images": "1", "train.windows_per_image": "1",
+                          "scoring.max_reference_images": "2"})
     detector = Detector.load(run.path)
     assert sum(p.numel() for p in detector.model.parameters()) > 54e6
     prediction = detector.predict(find_categories(photos / "gear")[0].test[0].path)

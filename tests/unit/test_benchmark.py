@@ -61,7 +61,7 @@ def test_scoring_settings_survive_as_text(name):
 
 def test_methods_that_only_score_differently_share_a_training():
     fast, scoring, lattice, training = parse_methods(["fast", "a: fast scoring.spread=off scoring.blur_size=3",
-                                                      "b: fast scoring.lattice=2", "c: fast train.flips=off"])
+                                                      "b: fast scoring.lattice=3", "c: fast train.flips=off"])
     assert fast.training == scoring.training
     assert len({fast.training, lattice.training, training.training}) == 3
 

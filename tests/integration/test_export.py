@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from intra import cli
 from intra.deploy import export as export_module
 from intra.deploy.export import TOLERANCES, ParityError, export, parity
 from intra.deploy.export_formats import SCOPES, InspectionGraph, to_onnx, with_fp16_weights
-from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector
+from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector, seal
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.training.run import train
@@ -64,6 +65,8 @@ def equal(one, other) -> bool:
         and one.is_anomalous == other.is_anomalous
         and np.abs(one.anomaly_map - other.anomaly_map).max() < 1e-3 * extent
         and np.abs(one.repaired.astype(int) - other.repaired.astype(int)).max() <= 1
+        and one.p_value == other.p_value
+        and (one.setup_alarm, one.setup_reason) == (other.setup_alarm, other.setup_reason)
     )
 
 
@@ -80,46 +83,58 @@ def test_exported_is_torch_in_any_batch(run, files, tests, name):
             assert [d.top for d in found.defects] == [d.top for d in known.defects]
 
 
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_change_of_the_setup_is_told(run, files, photos, name):
+    """By the same good photos, which travel in the file."""
+    exported = Detector.load(files[name])
+    assert exported.setup.scores == Detector.load(run.path).setup.scores
+    with PIL.Image.open(photos / "gear/test/good/000.png") as picture:
+        dark = (np.asarray(picture) * 0.6).astype(np.uint8)
+    found = exported.predict(dark)
+    assert (found.setup_alarm, found.setup_reason) == (True, "darker")
+    assert not exported.predict(picture.filename).setup_alarm
+    assert found.p_value == pytest.approx(1 / (1 + len(exported.held_out_scores)))
+
+
 def grey_with_a_window(folder: Path) -> Path:
-    """The paper's kind of model, squared difference and mean read-out, on grey photos that are not square."""
+    """The paper's kind of model, squared difference and mean read-out, from the mean image, on grey photos that are not
+    square.
+    """
     rng = np.random.default_rng(0)
     for number in range(12):
         picture = np.kron(rng.integers(0, 255, (5, 6)), np.ones((8, 8))).astype(np.uint8)
         PIL.Image.fromarray(picture).save(folder / f"{number}.png")
     settings = {name: value for name, value in TINY.items() if name != "model.segmenter_width"} | {
-        "model.window_size": "3", "model.depth": "2", "train.windows_per_image": "8", "train.batch_size": "32"}
-    return train(folder, folder / "run", preset="paper", steps=2, image_size="40x48", settings=settings).path
+        "model.window_size": "3", "model.depth": "1", "model.mean_start": "on", "train.windows_per_image": "8",
+        "train.batch_size": "32"}
+    return train(folder, folder / "run", preset="paper", steps=1, image_size="40x48", settings=settings).path
 
 
-def without_a_segmenter(folder: Path, photos: Path) -> Path:
-    """The lattice with the difference and the distribution as evidence."""
-    settings = TINY | {"model.segmenter_width": "0", "model.depth": "2", "scoring.difference_weight": "1"}
-    return train(photos / "gear", folder / "run", steps=2, image_size=64, settings=settings).path
-
-
-@pytest.mark.parametrize("kind", ["grey window", "no segmenter"])
-def test_other_models_are_exported_too(photos, tmp_path, kind):
-    folder = grey_with_a_window(tmp_path) if kind == "grey window" else without_a_segmenter(tmp_path, photos)
-    data, pictures = (tmp_path, tmp_path) if kind == "grey window" else (photos / "gear", photos / "gear/test/dent")
-    found = export(folder, tmp_path / "model.onnx", format="onnx", data=data)
+def test_the_papers_kind_of_model_is_exported_too(tmp_path):
+    folder = grey_with_a_window(tmp_path)
+    found = export(folder, tmp_path / "model.onnx", format="onnx", data=tmp_path)
     assert found.parity.largest_difference <= TOLERANCES["fp32"].largest
-    pictures = sorted(pictures.glob("*.png"))[:3]
+    pictures = sorted(tmp_path.glob("*.png"))[:3]
     pairs = zip(Detector.load(tmp_path / "model.onnx").predict_batch(pictures),
                 Detector.load(folder).predict_batch(pictures), strict=True)
     assert all(equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("preset", ["riad", "autoencoder_l2"])
-def test_the_baselines_graph_is_their_detector(photos, tmp_path, preset):
-    small = {"model.base_width": "4"} if preset == "riad" else {"model.latent_dim": "8"}
-    folder = train(photos / "gear", tmp_path / "run", preset=preset, steps=1, image_size=64, settings=small).path
+@pytest.mark.parametrize(("preset", "settings"), [
+    ("fast", TINY | {"model.segmenter_width": "0", "model.depth": "2", "model.mean_start": "on",
+                     "scoring.difference_weight": "1"}),
+    ("riad", {"model.base_width": "4"}),
+    ("autoencoder_l2", {"model.latent_dim": "8"}),
+], ids=["no segmenter", "riad", "autoencoder"])  # fmt: skip
+def test_every_models_graph_is_its_detector(photos, tmp_path, preset, settings):
+    folder = train(photos / "gear", tmp_path / "run", preset=preset, steps=1, image_size=64, settings=settings).path
     detector = Detector.load(folder)
     pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     repaired, maps = detector.inspect(pixels.permute(0, 3, 1, 2) / 255)
     with torch.no_grad():
         found = InspectionGraph(detector)(pixels, torch.tensor(0.0))
     assert torch.allclose(found[0].permute(0, 3, 1, 2), repaired, atol=1e-5)
-    assert torch.allclose(found[1], maps, atol=1e-5)
+    assert torch.allclose(found[1], maps, atol=1e-4 * float(maps.max() - maps.min()))
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
@@ -156,11 +171,14 @@ def test_the_file_says_what_it_is(run, files):
 
 
 def test_half_the_bits_of_the_networks_weights(run, files, photos, tmp_path):
+    weights = Detector.load(run.path).model.state_dict()
+    halved = sum(2 * each.numel() for each in weights.values() if each.ndim >= 2 and each.numel() >= 256)  # bytes
     for name, suffix in (("onnx", ".onnx"), ("openvino", ".bin")):
         file = tmp_path / files[name].name
         found = export(run.path, file, format=name, precision="fp16", data=photos / "gear")
         assert found.parity.largest_difference <= TOLERANCES["fp16"].largest
-        assert file.with_suffix(suffix).stat().st_size < 0.9 * files[name].with_suffix(suffix).stat().st_size
+        sizes = [path.with_suffix(suffix).stat().st_size for path in (file, files[name])]
+        assert sizes[1] - sizes[0] > 0.9 * halved
 
 
 def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path):
@@ -187,12 +205,10 @@ def doctored(proto):
     return proto
 
 
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_a_graph_that_differs_is_not_written(run, photos, tmp_path, monkeypatch, traced_once, name):
+def test_a_graph_that_differs_is_not_written(run, photos, tmp_path, monkeypatch, traced_once):
     monkeypatch.setattr(export_module, "to_onnx", lambda detector: doctored(traced_once(detector)))
-    file = tmp_path / ("model.onnx" if name == "onnx" else "model.xml")
     with pytest.raises(ParityError, match=r"was not written: in fp32 the largest difference of the maps"):
-        export(run.path, file, format=name, data=photos / "gear")
+        export(run.path, tmp_path / "model.xml", format="openvino", data=photos / "gear")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,11 +243,13 @@ def test_mistakes_are_told(run, files, photos, tmp_path):
 
 
 def rewritten(source: Path, target: Path, change) -> None:
-    """A copy of an exported ONNX file with another header."""
+    """A copy of an exported ONNX file with another header, by somebody who can make a checksum."""
     proto = onnx.load(source)
     entry = next(entry for entry in proto.metadata_props if entry.key == METADATA_KEY)
     entry.value = change(entry.value)
     onnx.save(proto, target)
+    if b"intra-sha256-" in target.read_bytes():
+        seal(target)
 
 
 def test_damaged_foreign_and_newer_files_are_refused_by_name(files, tmp_path):
@@ -246,6 +264,8 @@ def test_damaged_foreign_and_newer_files_are_refused_by_name(files, tmp_path):
         (lambda text: json.dumps(json.loads(text) | {"export_version": 99}), "export version 99"),
         (lambda text: text.replace('"held_out_scores"', '"scores"'), "does not hold what its header says"),
         (lambda text: text.replace('"value": ', '"value": 1e999, "was": '), "header says|no number"),
+        (lambda text: json.dumps(json.loads(text) | {"setup": "AAAA"}), "does not hold what its header says"),
+        (lambda text: json.dumps(json.loads(text) | {"setup": None}), "does not hold what its header says"),
     ):
         rewritten(files["onnx"], file, change)
         with pytest.raises(InTraError, match=match):
@@ -262,6 +282,21 @@ def test_damaged_foreign_and_newer_files_are_refused_by_name(files, tmp_path):
         Detector.load(files["onnx"], device="cuda")
 
 
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_one_bit_that_changed_is_found(files, tmp_path, name):
+    """A runtime computes with it, and the scores are others."""
+    for file in files[name].parent.glob(f"{files[name].stem}.*"):
+        shutil.copy(file, tmp_path)
+    file = tmp_path / files[name].name
+    Detector.load(file)
+    weights = file.with_suffix(".bin") if name == "openvino" else file
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InTraError, match="does not match its checksum"):
+        Detector.load(file)
+
+
 def test_a_lacking_package_is_one_sentence(files, monkeypatch):
     for name, package in (("onnx", "onnxruntime"), ("openvino", "openvino")):
         monkeypatch.setitem(sys.modules, package, None)
@@ -270,9 +305,9 @@ def test_a_lacking_package_is_one_sentence(files, monkeypatch):
 
 
 def test_small_and_huge_weights_and_those_of_no_network_keep_their_bits():
-    values = {"small": np.ones(3, np.float32), "large": np.ones(1000, np.float32),
-              "huge": np.full(1000, 1e6, np.float32), "whole": np.ones(1000, np.int64),
-              "other": np.ones(1000, np.float32)}
+    values = {"small": np.ones(3, np.float32), "large": np.ones((10, 100), np.float32),
+              "huge": np.full((10, 100), 1e6, np.float32), "whole": np.ones(1000, np.int64),
+              "other": np.ones((10, 100), np.float32)}
     network = onnx.helper.make_node("Sum", ["small", "large", "huge", "whole"], ["a"])
     network.metadata_props.add(key=SCOPES, value="['', 'model', 'model.head', 'linear']")
     nodes = [network, onnx.helper.make_node("Sum", ["other"], ["b"])]

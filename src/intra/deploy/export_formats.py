@@ -39,6 +39,7 @@ LEAST_SHARED = 256  # values of a weight that is stored in fewer bits: smaller o
 LARGEST_FP16 = 65504.0
 LARGEST_FILE = 2**31 - 1  # bytes: protobuf's limit
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes of which module a node comes
+IN_PIXELS = "mean_patches"  # in the name of a weight that is an image itself: rounded, every repaired image would be
 QUANTIZED = {"Conv", "Gemm", "MatMul"}
 
 
@@ -100,6 +101,8 @@ def with_fp16_weights(proto: "onnx.ModelProto") -> "onnx.ModelProto":
         if weight.data_type != onnx.TensorProto.FLOAT or weight.name not in of_networks:
             continue
         values = numpy_helper.to_array(weight)
+        if values.ndim < 2 or IN_PIXELS in weight.name:  # biases and norms save nothing
+            continue
         if values.size < LEAST_SHARED or np.abs(values).max() > LARGEST_FP16:
             continue
         name = weight.name

@@ -26,7 +26,7 @@ from intra.training.run import Run, recalibrate
 
 ROOT = Path(__file__).parents[2]
 WORDS = " ".join(f"{key}={value}" for key, value in (TINY | {"data.image_size": "64x64"}).items())
-SPREAD, FLAT = f"spread: fast {WORDS}", f"flat: fast {WORDS} scoring.spread=off"
+SPREAD, FLAT = f"spread: fast {WORDS}", f"flat: fast {WORDS} scoring.cell_sizes=8"
 STEPS = 4
 
 

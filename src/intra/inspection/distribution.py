@@ -218,22 +218,16 @@ def _features(
 ) -> list[Float[Tensor, "_ d b"]]:  # fmt: skip
     """The four features of each filter at each cell of each grid; two without a repaired image."""
     own = _responses(photos, filters, scale)
-    others = None if repaired is None else _responses(repaired, filters, scale)
+    pairs = [(own, own.abs())]  # of responses, and of what has an energy
+    if repaired is not None:
+        others = _responses(repaired, filters, scale)
+        pairs.append((others, (own - others).abs()))
     found = []
     for grid in grids:
-        parts = [_compressed(own, grid), _log_energy(own, grid)]
-        if others is not None:
-            parts += [_compressed(others, grid), _log_energy(own - others, grid)]
+        parts = [part for responses, sizes in pairs for part in (
+            (_pooled(responses, grid) / KNEE).asinh(), (_pooled(sizes, grid) + ENERGY_FLOOR).log())]
         found.append(torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0))
     return found
-
-
-def _compressed(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:
-    return (_pooled(responses, grid) / KNEE).asinh()
-
-
-def _log_energy(responses: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:
-    return (_pooled(responses.abs(), grid) + ENERGY_FLOOR).log()
 
 
 def _responses(

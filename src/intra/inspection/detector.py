@@ -1,7 +1,6 @@
 """The detector: a trained model with everything that an inspection needs, in one file."""
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +13,10 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import save
 from scipy import ndimage
 from torch import Tensor, nn
 
 from intra.config import Config, ModelConfig, ScoringConfig
-from intra.data.files import write_atomically
 from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
@@ -32,11 +29,11 @@ from intra.inspection.model_file import (
     FORMAT_VERSION,
     SETUP_TENSORS,
     check_content,
-    content_digest,
     model_file,
     read_model,
     stored_distribution,
     stored_setup,
+    write_model,
 )
 from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
@@ -174,11 +171,7 @@ class Detector:
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
         if self.setup:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        header = json.dumps(self.info, sort_keys=True)
-        digest = content_digest(header, tensors)
-        metadata = {"intra": json.dumps({"header": header, "sha256": digest, "format_version": FORMAT_VERSION})}
-        write_atomically(Path(path), save(tensors, metadata=metadata))
+        write_model(Path(path), self.info, tensors)
 
     def predict(self, image: Image) -> Prediction:
         """The verdict on one image: a path, a PIL image, or an array (H, W[, C]) of uint8, uint16 or float in [0, 1].

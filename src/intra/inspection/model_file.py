@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from intra.config import Config
+from intra.data.files import write_atomically
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.distribution import CellDistribution, PatchDistribution, PatchFeatures, cell_grids
 from intra.inspection.setup import Setup
 
 __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "SETUP_TENSORS", "check_content", "content_digest",
-           "model_file", "read_model", "stored_distribution", "stored_setup"]
+           "model_file", "read_model", "stored_distribution", "stored_setup", "write_model"]
 
 FORMAT_VERSION = 4  # other versions are refused
 MODEL_FILE = "model.safetensors"
@@ -60,6 +62,14 @@ def read_model(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def write_model(file: Path, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes what `read_model` reads, whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = json.dumps(info, sort_keys=True)
+    envelope = {"header": header, "sha256": content_digest(header, tensors), "format_version": FORMAT_VERSION}
+    write_atomically(file, save(tensors, metadata={"intra": json.dumps(envelope)}))
+
+
 def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistribution | None:
     """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config."""
     scoring, model = config.scoring, config.model
@@ -75,8 +85,7 @@ def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDist
                 part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):
             raise ValueError("a distribution of another size than the image's")
-        if any(tensor.dtype != torch.float32 or not tensor.isfinite().all() for tensor in (
-                each, part.mean, part.std, part.modes, part.whitening)) or not (part.std > 0).all():
+        if not _are_sound([each, part.mean, part.std, part.modes, part.whitening]) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
     return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters)), tuple(parts))
@@ -87,7 +96,7 @@ def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[fl
     if scores is None:
         return None
     mean, centre, spread = (tensors.pop(f"setup.{name}") for name in SETUP_TENSORS)
-    if any(each.dtype != torch.float32 or not each.isfinite().all() for each in (mean, centre, spread)) or not all(
+    if not _are_sound([mean, centre, spread]) or not all(
             isinstance(score, float) and math.isfinite(score) for score in scores):
         raise ValueError("a setup with numbers that are not finite, or not fp32")
     setup = Setup(mean, centre, spread, tuple(scores))
@@ -113,13 +122,17 @@ def check_content(
         raise ValueError(f"{len(kinds)} kinds of evidence, {'with' if 'tails' in parts else 'without'} their tails")
     counters = [tensors[name] for name in tensors if name.endswith(".num_batches_tracked")]
     numbers_of_net = [tensors[name] for name in tensors if not name.endswith(".num_batches_tracked")]
-    if any(counter.dtype != torch.int64 for counter in counters) or any(
-            part.dtype != torch.float32 or not part.isfinite().all() for part in (*parts.values(), *numbers_of_net)):
+    if any(counter.dtype != torch.int64 for counter in counters) or not _are_sound([*parts.values(), *numbers_of_net]):
         raise ValueError("numbers that are not finite, or not fp32")
     if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
         raise ValueError("a threshold or a score that is no number")
     if not isinstance(provenance, dict):
         raise TypeError("no provenance")
+
+
+def _are_sound(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are fp32 and finite."""
+    return all(each.dtype == torch.float32 and bool(each.isfinite().all()) for each in tensors)
 
 
 def content_digest(header: str, tensors: dict[str, Tensor]) -> str:

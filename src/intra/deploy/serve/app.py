@@ -34,7 +34,7 @@ from intra.deploy.serve.metrics import Metrics, resident_bytes
 from intra.deploy.serve.store import PictureStore
 from intra.deploy.serve.worker import BusyError, Inspected, Inspector, UnfitPhotoError
 from intra.errors import InTraError
-from intra.inspection.calibration import Threshold, choose_threshold, given_threshold
+from intra.inspection.calibration import Threshold, moved_threshold
 from intra.inspection.detector import Detector
 
 __all__ = ["create_app"]
@@ -174,13 +174,10 @@ def _add_facts(app: FastAPI, parts: _Parts) -> None:
         if value is not None and false_reject_rate is not None:
             raise HTTPException(422, "give value or false_reject_rate, not both")
         try:
-            if value is not None:
-                return _threshold(given_threshold(detector.held_out_scores, value))
-            if false_reject_rate is not None:
-                return _threshold(choose_threshold(detector.held_out_scores, false_reject_rate))
+            return _threshold(moved_threshold(detector.calibration, detector.held_out_scores, threshold=value,
+                                              false_reject_rate=false_reject_rate))
         except InTraError as error:
             raise HTTPException(422, str(error)) from error
-        return about.threshold
 
     @app.get("/health", tags=["facts"], summary="Whether photos can be inspected",
              responses={503: {"model": HealthAnswer}})  # fmt: skip

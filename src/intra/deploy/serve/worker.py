@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -164,8 +164,7 @@ class Inspector:
 def _without_arrays(prediction: Prediction) -> Prediction:
     """The verdict alone: a photo's arrays can take hundreds of megabytes."""
     nothing = np.zeros((0, 0), np.float32)
-    return Prediction(prediction.score, prediction.is_anomalous, prediction.threshold, nothing, nothing > 0, nothing,
-                      prediction.defects)
+    return replace(prediction, anomaly_map=nothing, mask=nothing > 0, repaired=nothing)
 
 
 def _settle(job: Job, outcome: Inspected | Exception) -> None:

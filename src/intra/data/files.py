@@ -4,15 +4,16 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from intra.errors import InTraError
 
-__all__ = ["name_below", "printable", "remove_leftovers", "sha256_of", "whole_file", "write_atomically"]
+__all__ = ["listed", "name_below", "printable", "remove_leftovers", "sha256_of", "whole_file", "write_atomically"]
 
+MAX_LISTED = 5  # names in one message
 LEFTOVER = ".*.part"  # what a process that was killed while it wrote has left; no one reads files of that name
 LEFTOVER_AGE_S = 600  # a file that still grows is younger: another process may be writing it
 
@@ -32,6 +33,16 @@ def printable(name: str | Path) -> str:
     'a\\x1b[2Jb\\udcff.png'
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name))
+
+
+def listed(words: Sequence[str]) -> str:
+    """The first few, and how many more.
+
+    >>> listed(["a", "b", "c", "d", "e", "f", "g"])
+    'a; b; c; d; e; and 2 more'
+    """
+    more = len(words) - MAX_LISTED
+    return "; ".join(words[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def sha256_of(path: Path) -> str:

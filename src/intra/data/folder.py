@@ -1,6 +1,5 @@
 """Everything that is wrong with a folder of images. layout.py says what is where; its names are at home here too."""
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from intra.config import preset
-from intra.data.images import UnreadableError, auto_image_size, in_threads, read_image
+from intra.data.files import name_below, sha256_of
+from intra.data.images import UnreadableError, auto_image_size, in_threads, pixels_digest, read_image
 from intra.data.layout import (
     GOOD,
     MASK_SUFFIXES,
@@ -26,7 +26,7 @@ from intra.data.layout import (
 )
 
 __all__ = ["MIN_GOOD_IMAGES", "Category", "DataReport", "LabelledImage", "Problem", "Summary", "check_data",
-           "find_categories", "find_category", "list_images", "require_enough"]
+           "find_categories", "find_category", "fingerprints_of", "list_images", "require_enough"]
 
 _USUAL_SHARE = 0.9  # of the files; the others are then odd ones
 
@@ -94,6 +94,12 @@ class _Facts:
 _Readable = Mapping[Path, _Facts]
 
 
+def fingerprints_of(category: Category) -> dict[str, str]:
+    """The SHA-256 of every good image, by its path below the category. Raises InTraError if one cannot be read."""
+    hashes = in_threads(sha256_of, category.train)
+    return {name_below(path, category.root): found for path, found in zip(category.train, hashes, strict=True)}
+
+
 def _examine(path: Path) -> _Facts | str:
     """The facts, or why the file cannot be read."""
     try:
@@ -102,10 +108,8 @@ def _examine(path: Path) -> _Facts | str:
         return error.reason
     marks = image[image != 0]
     num_marks = 0 if marks.size == 0 else 1 if (marks == marks[0]).all() else 2
-    content = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
-    content.update(image.tobytes())
     is_flat = bool((image == image[0, 0]).all())
-    return _Facts(image.shape[:2], image.shape[2], image.itemsize * 8, content.digest(), is_flat, num_marks)
+    return _Facts(image.shape[:2], image.shape[2], image.itemsize * 8, pixels_digest(image), is_flat, num_marks)
 
 
 def _images_of(category: Category, readable: Collection[Path]) -> list[Path]:

@@ -1,5 +1,6 @@
 """Image files and arrays → pixels of one size and one number of channels. decode.py says what each format becomes."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +27,15 @@ from intra.data.decode import (
     reasons,
     shape_of,
 )
+from intra.data.files import listed
 from intra.errors import InTraError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "convert_channels",
-           "in_threads", "prepare", "read_bytes", "read_image", "read_info", "read_mask",
+           "in_threads", "pixels_digest", "prepare", "read_bytes", "read_image", "read_info", "read_mask",
            "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
-_MAX_LISTED = 5  # paths in one message
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -130,6 +131,13 @@ def prepare(image: Shaped[np.ndarray, "h w c"], *, size: tuple[int, int], channe
     return resized if resized.dtype == torch.uint8 else resized.clamp(0, 1)
 
 
+def pixels_digest(image: Shaped[np.ndarray, "h w c"]) -> bytes:
+    """The same for the same picture, whatever the format of its file."""
+    content = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
+    content.update(image.tobytes())
+    return content.digest()
+
+
 def to_unit(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Pixels as float32 in [0, 1]: uint8 is divided by 255, float passes."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
@@ -166,7 +174,7 @@ def read_set(
             images = to_unit(images)
             images[index] = to_unit(result)
     if failed:
-        raise InTraError(f"{len(failed)} of {len(paths)} images cannot be used: {_listed(failed)}; replace or remove "
+        raise InTraError(f"{len(failed)} of {len(paths)} images cannot be used: {listed(failed)}; replace or remove "
                          "them; `intra check-data` lists everything that is wrong")
     return images
 
@@ -201,7 +209,7 @@ def auto_channels(infos: Sequence[ImageInfo]) -> int:
     usual = counts.most_common(1)[0][0]
     odd = [f"{info.path} has {info.channels}" for info in infos if info.channels != usual]
     if odd:
-        raise InTraError(f"expected images of one number of channels, most have {usual}, but {_listed(odd)}; "
+        raise InTraError(f"expected images of one number of channels, most have {usual}, but {listed(odd)}; "
                          "remove or convert them")
     return usual
 
@@ -235,9 +243,3 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     if np.issubdtype(array.dtype, np.floating):
         return checked_unit(array)
     raise InTraError(f"expected an array of uint8, uint16, bool or float in [0, 1], found {array.dtype}; convert it")
-
-
-def _listed(words: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = len(words) - _MAX_LISTED
-    return "; ".join(words[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")

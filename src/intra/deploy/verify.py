@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import intra
-from intra.data.files import name_below, sha256_of
-from intra.data.folder import find_category
+from intra.data.files import sha256_of
+from intra.data.folder import find_category, fingerprints_of
 from intra.deploy.exported import EXPORT_VERSION
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
@@ -75,7 +75,7 @@ def training_images_of(manifest: Mapping[str, Any], data: str | Path, *, normal:
     """
     known = manifest["provenance"]["training_images"]
     category = find_category(data, normal=normal)
-    found = {name_below(path, category.root): sha256_of(path) for path in category.train}
+    found = fingerprints_of(category)
     groups = {
         "missing": sorted(known.keys() - found.keys()),
         "added": sorted(found.keys() - known.keys()),

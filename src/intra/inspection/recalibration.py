@@ -1,18 +1,16 @@
 """The threshold of a trained model from new good images, without training."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import intra
-from intra.data.files import sha256_of
-from intra.data.images import UnreadableError, prepare, read_image
+from intra.data.files import listed, sha256_of
+from intra.data.images import UnreadableError, pixels_digest, prepare, read_image, to_unit
 from intra.data.layout import image_files
 from intra.errors import InTraError
 from intra.inspection.calibration import Threshold, choose_threshold
@@ -22,7 +20,6 @@ from intra.inspection.setup import LEAST_GOOD, Setup
 
 __all__ = ["Recalibrated", "calibrate"]
 
-MAX_LISTED = 5  # paths in one message
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _refuse_trained_on(detector: Detector, hashes: dict[Path, str]) -> None:
     seen = [str(path) for path, digest in hashes.items() if digest in known]
     if seen:
         raise InTraError(f"{len(seen)} of {len(hashes)} images were there when the model was trained, so it knows them "
-                         f"too well for a threshold: {_listed(seen)}; give good images that it has not seen")
+                         f"too well for a threshold: {listed(seen)}; give good images that it has not seen")
 
 
 def _distinct(files: Sequence[Path]) -> tuple[list[Path], tuple[tuple[Path, Path], ...]]:
@@ -107,31 +104,20 @@ def _distinct(files: Sequence[Path]) -> tuple[list[Path], tuple[tuple[Path, Path
     duplicates, unreadable = [], []
     for path in files:
         try:
-            digest = content_digest(read_image(path))
+            digest = pixels_digest(read_image(path))
         except UnreadableError as error:
             unreadable.append(f"{path} ({error.reason})")
             continue
         if first.setdefault(digest, path) != path:
             duplicates.append((path, first[digest]))
     if unreadable:
-        raise InTraError(f"{len(unreadable)} of {len(files)} images cannot be read: {_listed(unreadable)}; replace or "
+        raise InTraError(f"{len(unreadable)} of {len(files)} images cannot be read: {listed(unreadable)}; replace or "
                          "remove them")
     return list(first.values()), tuple(duplicates)
-
-
-def content_digest(image: np.ndarray) -> bytes:
-    content = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
-    content.update(image.tobytes())
-    return content.digest()
 
 
 def _stacked(prepared: Sequence[torch.Tensor]) -> torch.Tensor:
     """Images in one tensor; uint8 beside float becomes float."""
     if all(image.dtype == torch.uint8 for image in prepared):
         return torch.stack(list(prepared))
-    return torch.stack([image.float() / 255 if image.dtype == torch.uint8 else image for image in prepared])
-
-
-def _listed(words: Sequence[str]) -> str:
-    more = len(words) - MAX_LISTED
-    return "; ".join(words[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+    return torch.stack([to_unit(image) for image in prepared])

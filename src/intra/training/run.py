@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import intra
 from intra.config import Config, preset
 from intra.data.cache import cached_set
-from intra.data.files import name_below, remove_leftovers, sha256_of
-from intra.data.folder import Category, find_category, require_enough
-from intra.data.images import auto_channels, auto_image_size, in_threads, read_info, to_unit
+from intra.data.files import remove_leftovers
+from intra.data.folder import Category, find_category, fingerprints_of, require_enough
+from intra.data.images import auto_channels, auto_image_size, read_info, to_unit
 from intra.errors import InTraError
 from intra.geometry import patchify
 from intra.inspection.anomaly import Evidence, evidence_kinds
@@ -101,7 +101,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
     remove_leftovers(out)
-    fingerprints = _fingerprints(category)
+    fingerprints = fingerprints_of(category)
     if stored is None:
         config = _resolve(wanted, category)
     else:
@@ -171,7 +171,7 @@ def recalibrate(
         raise InTraError(f"{target} holds the weights to start from; choose another --out")
     loaded = Detector.load(run, device=device)
     known = loaded.provenance
-    if known.get("training_images") != _fingerprints(category):
+    if known.get("training_images") != fingerprints_of(category):
         raise InTraError(f"the images of {category.root} are no longer those that {run} was trained on; put them back, "
                          "or train anew")
     config = loaded.config.with_settings(settings)
@@ -240,12 +240,6 @@ def _resumed(
     if seed not in (0, stored["seed"]):
         raise InTraError(f"{out} was begun with seed {stored['seed']}, not {seed}; resume without --seed")
     return config, int(stored["seed"])
-
-
-def _fingerprints(category: Category) -> dict[str, str]:
-    """The SHA-256 of every good image, by its path below the category."""
-    hashes = in_threads(sha256_of, category.train)
-    return {name_below(path, category.root): found for path, found in zip(category.train, hashes, strict=True)}
 
 
 def _read_split(

@@ -11,9 +11,9 @@ where other programs take their share of it. Wall time is in the JSON.
 
 import argparse
 import json
+import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict
@@ -28,6 +28,7 @@ from intra.data.folder import find_category
 from intra.data.images import prepare, read_image, to_unit
 from intra.deploy.export import SUFFIXES, TOLERANCES, ParityError, export
 from intra.inspection.detector import Detector
+from intra.provenance import commit_of_the_code, processor
 
 BATCHES = (1, 8)
 
@@ -80,12 +81,9 @@ def table(found: dict[str, Any]) -> str:
 
 def hardware() -> dict[str, Any]:
     """The machine, and what runs on it."""
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-              if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True,
-                            cwd=Path(__file__).parent).stdout.strip()
-    return {"processor": models[0], "cores": len(models), "threads": torch.get_num_threads(), "commit": commit,
-            "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
+    return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "commit": commit_of_the_code(), "python": platform.python_version(), "torch": torch.__version__,
+            "intra": intra.__version__}
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import random
 import resource
 import struct
@@ -27,6 +26,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from intra.provenance import measured_on
 
 MEMORY_BYTES = 2 * 2**30  # beyond the start; Pillow's limit of 179 million pixels takes about 1.3 GB as RGB
 CPU_LIMIT_S = 10.0
@@ -61,7 +62,7 @@ def main() -> int:
             time.perf_counter() - started, 1),
         "by_kind": {kind: {what: count for (other, what), count in sorted(outcomes.items()) if other == kind}
                     for kind in sorted({kind for kind, _ in outcomes})},
-        "hardware": _processor(), "python": platform.python_version(), "commit": _commit(),
+        **measured_on(),
     }  # fmt: skip
     text = json.dumps(found, indent=2)
     print(text)
@@ -411,18 +412,6 @@ def _cpu_s(process: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                          text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ the work and not the start; not for Windows.
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
@@ -50,6 +48,7 @@ from intra.deploy.watch import Watcher, watch
 from intra.errors import InTraError
 from intra.evaluation.evaluate import evaluate_category
 from intra.inspection.detector import Detector
+from intra.provenance import measured_on
 from intra.training import engine
 from intra.training.checkpoint import read_header
 from intra.training.run import train
@@ -80,8 +79,8 @@ def main() -> int:
         results = _all_works(Path(folder), counts, random.Random(options.seed))
     failures = [f"{name}: {one['failure']}" for name, one in results.items() if one["failure"]]
     found = {"kills": sum(one["kills"] for one in results.values()), "failures": failures, "seed": options.seed,
-             "works": results, "elapsed_s": round(time.perf_counter() - started, 1), "hardware": _processor(),
-             "python": platform.python_version(), "sqlite": sqlite3.sqlite_version, "commit": _commit()}  # fmt: skip
+             "works": results, "elapsed_s": round(time.perf_counter() - started, 1),
+             "sqlite": sqlite3.sqlite_version, **measured_on()}
     text = json.dumps(found, indent=2)
     print(text)
     if options.out:
@@ -327,18 +326,6 @@ def _same(one: Path, other: Path) -> bool:
 def _demand(so: bool, otherwise: str) -> None:
     if not so:
         raise BrokenPromiseError(otherwise)
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []  # fmt: skip
-    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                          text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from intra.config import Config, preset
 from intra.data.folder import Category, find_category
 from intra.errors import InTraError
-from intra.evaluation.cell import commit_of_the_code
 from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.tables import PAPER
 from intra.inspection.detector import Detector
+from intra.provenance import commit_of_the_code
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.loss import patch_loss
 from intra.training.run import train

@@ -12,11 +12,11 @@ highest resident size. With --against, shares that fell by more than a fifth are
 
 import argparse
 import json
+import math
 import multiprocessing
+import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,12 +31,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import intra
 from intra.config import Config, preset
 from intra.data.files import write_atomically
+from intra.evaluation.evaluate import peak_memory_mib
 from intra.geometry import covering_windows, patchify
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.detector import Detector
 from intra.inspection.device import autocast, uses_bf16
 from intra.inspection.distribution import GoodPatches, PatchFeatures
 from intra.models import build
+from intra.provenance import commit_of_the_code, processor
 from intra.training.engine import _optimizer, _step
 from intra.training.run import _fabric, _sampler
 
@@ -150,7 +152,7 @@ def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: i
     times = sorted(synchronised(device, work) for _ in range(repeats))
     p50 = statistics.median(times)
     memory = (torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+              else peak_memory_mib() or math.nan)
     scale = 1000 * factor / per
     return Row(task, name, way, items if task == "training" else batch, precision, first * scale, p50 * scale,
                times[min(len(times) - 1, int(0.95 * len(times)))] * scale, items / (p50 * factor), gflop, best,
@@ -199,12 +201,8 @@ def table(rows: list[Row]) -> str:
 
 def hardware(device: str) -> dict[str, Any]:
     """The machine, and the code."""
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-              if line.startswith("model name")]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip()
-    return {"processor": models[0], "cores": len(models), "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "commit": commit,
+    return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "commit": commit_of_the_code(),
             "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
 
 

@@ -10,9 +10,7 @@ Linux only.
 import argparse
 import json
 import os
-import platform
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,7 @@ from intra.deploy.arrivals import Arrivals
 from intra.deploy.record import Record
 from intra.deploy.watch import Verdict, Watcher, watch
 from intra.inspection.detector import Prediction
+from intra.provenance import measured_on
 
 PER_FOLDER = 1000
 
@@ -47,8 +46,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = _measure(Path(folder), options.photos)
-    found |= {"hardware": _processor(), "python": platform.python_version(), "sqlite": sqlite3.sqlite_version,
-              "commit": _commit()}  # fmt: skip
+    found |= {"sqlite": sqlite3.sqlite_version, **measured_on()}
     text = json.dumps(found, indent=2)
     print(text)
     if options.out:
@@ -100,18 +98,6 @@ def _memory_mib() -> float:
     """What the process holds now, without what it shares with others."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return round(int(fields["RssAnon"].split()[0]) / 1024, 1)
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]  # fmt: skip
-    return f"{names[0]}, {len(names)} threads" if names else platform.machine()
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                          text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Which code this is."""
+"""Which code this is, and what it runs on."""
 
 import hashlib
+import os
+import platform
+import subprocess
 from functools import cache
 from pathlib import Path
 
-__all__ = ["code_sha256"]
+__all__ = ["code_sha256", "commit_of_the_code", "measured_on", "processor"]
 
 
 @cache
@@ -17,3 +20,36 @@ def code_sha256() -> str:
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def commit_of_the_code() -> str | None:
+    """The checkout's commit, with "+changes" if this package's tracked files differ; None outside a checkout."""
+    package = Path(__file__).parent
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=False)
+
+    try:
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:  # a repository that merely contains it
+            return None
+        head = git("rev-parse", "HEAD")
+        return None if head.returncode else head.stdout.strip() + "+changes" * bool(
+            git("diff", "--quiet", "HEAD", "--", ".").returncode)
+    except OSError:  # no git
+        return None
+
+
+def measured_on() -> dict[str, str | None]:
+    """What stands beside a figure: hardware, python and commit."""
+    return {"hardware": f"{processor()}, {os.cpu_count()} threads", "python": platform.python_version(),
+            "commit": commit_of_the_code()}
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -264,7 +264,7 @@ def test_recalibrated_weights(run: Run, photos, tmp_path):
 
 def test_peak_memory_is_the_process_own():
     """Not what the process held that started it, which getrusage counts too."""
-    inner = "from intra.evaluation.evaluate import _peak_memory_mib; print(_peak_memory_mib())"
+    inner = "from intra.evaluation.evaluate import peak_memory_mib; print(peak_memory_mib())"
     outer = ("import subprocess, sys; much = b'x' * 800_000_000; "
              f"subprocess.run([sys.executable, '-c', {inner!r}], check=True)")
     done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, check=True)

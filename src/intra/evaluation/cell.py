@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 import signal
-import subprocess
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 
-import intra
 from intra.config import Config
 from intra.data.files import name_below, sha256_of, write_atomically
 from intra.data.folder import Category
@@ -24,11 +22,12 @@ from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.methods import Method
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import MODEL_FILE
+from intra.provenance import commit_of_the_code
 from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.engine import Report
 from intra.training.run import Run, recalibrate, train
 
-__all__ = ["CELLS_FOLDER", "Cell", "Stopped", "commit_of_the_code", "fingerprint_of", "run_cell", "work"]
+__all__ = ["CELLS_FOLDER", "Cell", "Stopped", "fingerprint_of", "run_cell", "work"]
 
 CELLS_FOLDER = "cells"  # below `out`
 ASKED_FILE = "asked.json"  # in the run's folder: what was asked for when it was begun
@@ -220,23 +219,6 @@ def _training(run: Run, detector: Detector) -> dict[str, Any]:
 
 def _peak_gpu_memory_mib(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 1024**2, 1) if device.type == "cuda" else None
-
-
-def commit_of_the_code() -> str | None:
-    """The checkout's commit, with "+changes" if this package's tracked files differ; None outside a checkout."""
-    package = Path(intra.__file__).parent
-
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=False)
-
-    try:
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:  # a repository that merely contains it
-            return None
-        head = git("rev-parse", "HEAD")
-        return None if head.returncode else head.stdout.strip() + "+changes" * bool(
-            git("diff", "--quiet", "HEAD", "--", ".").returncode)
-    except OSError:  # no git
-        return None
 
 
 def _stored(path: Path, key: str | None) -> Mapping[str, Any]:

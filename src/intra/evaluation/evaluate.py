@@ -25,8 +25,9 @@ from intra.errors import InTraError
 from intra.evaluation import metrics
 from intra.evaluation.report import Curves, Gallery, write_report
 from intra.inspection.detector import Detector, Prediction
+from intra.provenance import processor
 
-__all__ = ["evaluate", "evaluate_category"]
+__all__ = ["evaluate", "evaluate_category", "peak_memory_mib"]
 
 IMAGES_PER_BATCH = 8  # decoded at a time; bounds the memory
 
@@ -95,7 +96,7 @@ def evaluate_category(
         "notes": [*_notes(tests, left_out), *_setup_notes(inspected.rows)],
         "model": _model_record(detector),
         "provenance": _provenance(detector),
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
         "images": inspected.rows,
     }
     text = json.dumps(results, indent=2, allow_nan=False)
@@ -303,7 +304,7 @@ def _model_record(detector: Detector) -> dict[str, Any]:
 
 def _provenance(detector: Detector) -> dict[str, Any]:
     device = detector.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"intra": intra.__version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -313,17 +314,7 @@ def _provenance(detector: Detector) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _processor() -> str:
-    """The processor's name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _peak_memory_mib() -> float | None:
+def peak_memory_mib() -> float | None:
     """The most memory that this process has held so far; None where the system does not count it (Windows)."""
     status = Path("/proc/self/status")  # Linux; getrusage there also counts what the process held that started this one
     if status.is_file():

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from intra.data.images import to_unit
-from intra.deploy.exported import METADATA_KEY, OUTPUTS, extra_installed
+from intra.deploy.exported import METADATA_KEY, OUTPUTS, extra_installed, openvino_core
 from intra.errors import InTraError
 from intra.inspection.anomaly import anomaly_map, evidence_kinds, image_score
 from intra.inspection.detector import Detector, repair
@@ -162,10 +162,10 @@ def write_graph(proto: "onnx.ModelProto", file: Path, *, header: str, threshold:
             raise InTraError("the model is larger than 2 GiB, more than one ONNX file may hold; export it to OpenVINO")
         file.write_bytes(graph.SerializeToString())
         return
-    with extra_installed():
-        import openvino
-    model = openvino.Core().read_model(io.BytesIO(proto.SerializeToString()))  # unlike convert_model it reports nothing
+    model = openvino_core().read_model(io.BytesIO(proto.SerializeToString()))  # unlike convert_model it reports nothing
     model.set_rt_info(header, METADATA_KEY)
+    import openvino
+
     openvino.save_model(model, file, compress_to_fp16=False)  # of itself it would
 
 

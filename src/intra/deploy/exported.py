@@ -13,8 +13,9 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,8 +33,11 @@ from intra.inspection.detector import Detector
 from intra.inspection.model_file import SETUP_TENSORS, stored_setup
 from intra.inspection.setup import Setup
 
+if TYPE_CHECKING:
+    import openvino
+
 __all__ = ["EXPORT_VERSION", "METADATA_KEY", "OUTPUTS", "ExportedDetector", "extra_installed", "header_text",
-           "load_exported", "seal"]
+           "load_exported", "openvino_core", "seal"]
 
 EXPORT_VERSION = 1  # of inputs, outputs and header; other versions are refused
 METADATA_KEY = "intra"  # of ONNX's metadata_props and OpenVINO's rt_info
@@ -199,9 +203,7 @@ class _OnnxGraph:
 
 class _OpenVinoGraph:
     def __init__(self, file: Path) -> None:
-        with extra_installed():
-            import openvino
-        core = openvino.Core()
+        core = openvino_core()
         # fp32 products on every machine: of themselves they would be bf16 on some, and the scores others
         settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_PRECISION_HINT": "f32"}
@@ -217,6 +219,17 @@ class _OpenVinoGraph:
         request = self._compiled.create_infer_request()  # its own, so that threads may share the model
         found = request.infer({"photos": photos, "threshold": np.array(threshold, np.float32)})
         return {name: np.array(found[name]) for name in OUTPUTS}
+
+
+@cache
+def openvino_core() -> "openvino.Core":
+    """The process's only one, never freed: on processors with AMX each gives the thread a stack for signals of its own,
+    and of two that are freed in the order of their making the second leaves one that is no more; the next Ctrl-C then
+    ends the process with a segmentation fault (OpenVINO 2026.4).
+    """
+    with extra_installed():
+        import openvino
+    return openvino.Core()
 
 
 def _damaged(file: Path, error: Exception) -> InTraError:

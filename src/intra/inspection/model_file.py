@@ -24,7 +24,7 @@ from intra.inspection.setup import Setup
 __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "SETUP_TENSORS", "check_content", "content_digest",
            "model_file", "read_model", "stored_distribution", "stored_setup", "write_model"]
 
-FORMAT_VERSION = 4  # other versions are refused
+FORMAT_VERSION = 5  # other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale and grid
 SETUP_TENSORS = ("mean", "centre", "spread")
@@ -80,7 +80,7 @@ def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDist
     parts: list[CellDistribution] = []
     for each, (num_rows, num_cols) in itertools.product(filters, grids):
         part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
-        places, width = num_rows * num_cols, 4 * len(each)
+        places, width = num_rows * num_cols, 2 * len(each)
         if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
                 part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):

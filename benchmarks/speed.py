@@ -72,29 +72,31 @@ class Row:
         return f"{self.task} {self.preset} {self.way} {self.batch}"
 
 
-def resolved(name: str) -> Config:
-    """The preset for colour photos of SIDE px."""
+def resolved(name: str, side: int = SIDE, channels: int = 3) -> Config:
+    """The preset for square photos of `side` px."""
     config = preset(name)
-    grid = SIDE // config.model.patch_size
-    return replace(config, model=replace(config.model, grid=(grid, grid), channels=3))
+    grid = side // config.model.patch_size
+    return replace(config, model=replace(config.model, grid=(grid, grid), channels=channels))
 
 
-def photos() -> np.ndarray:
+def photos(config: Config, count: int = NUM_PHOTOS) -> np.ndarray:
     """Noise over a gradient, uint8 (N, H, W, C)."""
     rng = np.random.default_rng(0)
-    slope = np.linspace(0, 150, SIDE)[:, None, None]
-    return (slope + rng.uniform(0, 100, (NUM_PHOTOS, SIDE, SIDE, 3))).astype(np.uint8)
+    height, width = config.model.image_size
+    slope = np.linspace(0, 150, height)[:, None, None]
+    return (slope + rng.uniform(0, 100, (count, height, width, config.model.channels))).astype(np.uint8)
 
 
 def detector_of(config: Config, device: str) -> Detector:
     """A detector with random weights and everything that a trained one has."""
     torch.manual_seed(0)
     kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
-    reference = Reference(torch.zeros(len(kinds), SIDE, SIDE), torch.ones(SIDE, SIDE),
+    size = config.model.image_size
+    reference = Reference(torch.zeros(len(kinds), *size), torch.ones(*size),
                           torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
     distribution = None
     if "distribution" in kinds:
-        pixels = torch.from_numpy(photos()).permute(0, 3, 1, 2).float() / 255
+        pixels = torch.from_numpy(photos(config)).permute(0, 3, 1, 2).float() / 255
         describe = PatchFeatures.of(pixels, scoring=config.scoring, seed=0)
         features = describe(pixels, pixels.roll(1, 0))
         distribution = GoodPatches(describe, features, num_modes=config.scoring.num_modes).fitted(features)
@@ -144,7 +146,7 @@ def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: i
         work, factor = naive(config, device)
     else:
         detector = detector_of(config, device_name)
-        arrays = [*photos()[:batch]]
+        arrays = [*photos(config)[:batch]]
         work = lambda: detector.predict_batch(arrays)  # noqa: E731  one expression
     per = 1 if task == "training" else items
     gflop = counted(work) * factor / per
@@ -161,7 +163,7 @@ def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: i
 
 def training_step(config: Config, device: torch.device) -> tuple[Callable[[], object], int]:
     """A step of the optimiser as `fit` makes it, and its windows."""
-    pixels = torch.from_numpy(photos()).permute(0, 3, 1, 2).contiguous().to(device)
+    pixels = torch.from_numpy(photos(config)).permute(0, 3, 1, 2).contiguous().to(device)
     sampler = _sampler(pixels, config, 0)
     model = build(config.model)
     fabric = _fabric(device, config)
@@ -175,7 +177,7 @@ def naive(config: Config, device: torch.device) -> tuple[Callable[[], object], f
     """Some windows of the loop over all patches, one hidden in each; and how many times as many an image takes."""
     model = build(config.model).to(device).eval()
     size, grid = config.model.patch_size, config.model.grid
-    pixels = torch.from_numpy(photos()[:1]).permute(0, 3, 1, 2).float().to(device) / 255
+    pixels = torch.from_numpy(photos(config, 1)).permute(0, 3, 1, 2).float().to(device) / 255
     patches = patchify(pixels, size)
     # with the whole grid as its window, a lattice as wide as the grid hides one patch at a time
     positions, hidden = (part.to(device) for part in covering_windows(grid, config.model.window_size, max(grid)))

@@ -1,0 +1,167 @@
+"""What image side, channels and number of training photos cost on this machine: table and JSON.
+
+    python benchmarks/growth.py --out benchmarks/results/growth/NAME [--sides 256,512] [--images 50,500]
+
+Preset `fast`. For each side (px, three channels) and each number of channels (256 px): a step of training, an
+inspection from decoded photo to verdict, and the model file, with random weights. For each number of training photos
+(JPEG, 1024 px): the time from the start of `train` to its first step, when the photos are new and when they were read
+before, the time that their statistics and the threshold take after the last step, the model file and the memory. Each
+row has a process of its own; its memory is the highest resident size.
+"""
+
+import argparse
+import io
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from speed import counted, detector_of, hardware, photos, resolved, synchronised, training_step
+
+from intra.data.files import write_atomically
+from intra.evaluation.evaluate import peak_memory_mib
+from intra.inspection.detector import Detector
+from intra.training.run import train
+
+Row = TypeVar("Row")
+REPEATS = 5
+STEPS = 6  # of a training: reports come twice a second
+PHOTO_SIDE = 1024  # px of the training photos on the disk
+NUM_DRAWN = 20  # different photos; the others are these with another end of the file, decoded like any other
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a side, or a number of channels, costs: medians."""
+
+    side_px: int
+    channels: int
+    step_ms: float
+    step_gflop: float
+    inspection_ms: float
+    inspection_gflop: float
+    model_mib: float
+    memory_mib: float
+
+
+@dataclass(frozen=True)
+class Photos:
+    """What a number of training photos costs."""
+
+    num_photos: int
+    first_start_s: float  # to the first step
+    next_start_s: float  # the same for a second training on the same photos
+    calibration_s: float  # from the last step to the model file
+    model_mib: float
+    memory_mib: float
+
+
+def size(side: int, channels: int) -> Size:
+    """Measured in this process."""
+    config, device = resolved("fast", side, channels), torch.device("cpu")
+    step, _ = training_step(config, device)
+    detector = detector_of(config, "cpu")
+    array = photos(config, 1)[0]
+    inspection = lambda: detector.predict(array)  # noqa: E731  one expression
+    found = []
+    for work in (step, inspection):
+        gflop = counted(work)
+        found += [1000 * statistics.median(synchronised(device, work) for _ in range(REPEATS)), gflop]
+    return Size(side, channels, *found, _size_of(detector), peak_memory_mib() or math.nan)
+
+
+def _size_of(detector: Detector) -> float:
+    """MiB of the model file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        detector.save(file)
+        return file.stat().st_size / 2**20
+
+
+def many(count: int) -> Photos:
+    """Measured in this process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["INTRA_CACHE"] = str(folder / "cache")
+        _draw(folder / "part" / "train" / "good", count)
+        starts, calibrations = [], []
+        for attempt in range(2):
+            marks: dict[str, float] = {}
+            begun = time.perf_counter()
+            run = train(folder / "part", folder / f"run{attempt}", preset="fast", steps=STEPS, image_size=256,
+                        on_report=lambda _, marks=marks: marks.setdefault("started", time.perf_counter()),
+                        on_calibration=lambda *_, marks=marks: marks.setdefault("calibrates", time.perf_counter()))
+            starts.append(marks["started"] - begun)
+            calibrations.append(time.perf_counter() - marks["calibrates"])
+        file = run.path / "model.safetensors"
+        return Photos(count, starts[0], starts[1], min(calibrations), file.stat().st_size / 2**20,
+                      peak_memory_mib() or math.nan)
+
+
+def _draw(folder: Path, count: int) -> None:
+    """Writes the photos."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    row, col = np.mgrid[:PHOTO_SIDE, :PHOTO_SIDE] / PHOTO_SIDE
+    drawn = []
+    for _ in range(NUM_DRAWN):
+        shade = 120 + 60 * np.sin(20 * row + rng.uniform(0, 0.2)) * np.cos(15 * col) + rng.uniform(0, 20)
+        pixels = (shade[..., None] + rng.normal(0, 6, (PHOTO_SIDE, PHOTO_SIDE, 3))).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(file, "jpeg", quality=90)
+        drawn.append(file.getvalue())
+    for index in range(count):
+        (folder / f"{index:05}.jpg").write_bytes(drawn[index % NUM_DRAWN] + f"{index:05}".encode())
+
+
+def table(sizes: list[Size], counts: list[Photos]) -> str:
+    """What the documents show."""
+    lines = ["| side, px | channels | step of 8, ms | GFLOP | inspection, ms | GFLOP | model file, MiB | memory, MiB |",
+             "|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {each.side_px} | {each.channels} | {each.step_ms:,.0f} | {each.step_gflop:,.0f} | "
+              f"{each.inspection_ms:,.0f} | {each.inspection_gflop:,.1f} | {each.model_mib:,.1f} | "
+              f"{each.memory_mib:,.0f} |" for each in sizes]
+    lines += ["", "| photos to train on | to the first step, s | the same again, s | statistics and threshold, s | "
+              "model file, MiB | memory, MiB |", "|---|---|---|---|---|---|"]
+    lines += [f"| {each.num_photos:,} | {each.first_start_s:,.1f} | {each.next_start_s:,.1f} | "
+              f"{each.calibration_s:,.1f} | {each.model_mib:,.1f} | {each.memory_mib:,.0f} |" for each in counts]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sides", default="256,384,512,768,1024")
+    parser.add_argument("--channels", default="1,3,8", help="at 256 px")
+    parser.add_argument("--images", default="50,500,5000")
+    arguments = parser.parse_args()
+    sides, channels, images = (list(map(int, text.split(",")))
+                               for text in (arguments.sides, arguments.channels, arguments.images))
+    cases = [(side, 3) for side in sides] + [(256, each) for each in channels if each != 3]
+    sizes, counts = [_alone(size, *case) for case in cases], [_alone(many, count) for count in images]
+    content = {"hardware": hardware("cpu"), "photo_side_px": PHOTO_SIDE,
+               "sizes": [asdict(each) for each in sizes], "photos": [asdict(each) for each in counts]}
+    write_atomically(arguments.out / "growth.json", json.dumps(content, indent=2) + "\n")
+    write_atomically(arguments.out / "table.md", table(sizes, counts) + "\n")
+
+
+def _alone(work: Callable[..., Row], *values: int) -> Row:
+    """The row, measured in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(work, values)
+    print(found, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,7 @@ def audit_photos(
 
 
 def _cross_fitted(
-    describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], kept: Bool[Tensor, " n"], num_folds: int,
+    describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], kept: Bool[Tensor, " n"], num_folds: int,
     num_modes: int,
 ) -> tuple[PatchDistribution, ...]:  # fmt: skip
     """A distribution for each fold, from the kept photos of all others, held against those of the fold itself."""

@@ -1,9 +1,9 @@
 """What good patches look like at each place: a Gaussian, and how far a photo lies from it.
 
 The paper describes photo and repaired image at a place by one number, their difference, and takes off its mean over
-good images. Here a short vector says how much of what the photo holds and how much of it the repaired image changes,
-and its mean *and covariance* over good images are kept for every place: which changes go together, and which never
-happen, is known from good images alone. A Gaussian of features at
+good images. Here two short vectors say what the photo holds and how much of it the repaired image changes, and their
+means *and covariances* over good images are kept for every place: which changes go together, and which never happen, is
+known from good images alone. A Gaussian of features at
 each place is PaDiM's (Defard et al. 2021), there of a pretrained network's features; ours are principal components of
 the photos themselves. What all places do together from one good image to the next – light, exposure, contrast, pose –
 is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md,
@@ -22,7 +22,8 @@ from intra.config import ScoringConfig
 from intra.data.images import to_unit
 from intra.similarity import reduced
 
-__all__ = ["CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures", "cell_grids"]
+__all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures",
+           "cell_grids"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
 NUM_PIECES = 20_000  # from which they are computed
@@ -33,6 +34,9 @@ LEAST_STD = 1e-3  # of a filter's response, pixels in [0, 1]: below the noise of
 # much: where a piece is missing or wiped, there is too little of everything. And light that is twice as strong moves
 # all of them by the same, and is one mode.
 ENERGY_FLOOR = 0.01
+# Responses, which have a sign, count linearly below that, in the same unit, and by their logarithm above.
+KNEE = 0.3
+FEATURES_OF_A_FILTER = (2, 3)  # in the two descriptions of a cell
 IMAGES_PER_MODE = 8  # at least
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
@@ -41,10 +45,11 @@ LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images
 
 @dataclass(frozen=True)
 class PatchFeatures:
-    """Describes images at several scales, each over the same grids of cells.
+    """Describes images at several scales, each over the same grids of cells, each cell twice.
 
-    A cell has two features for each of m filters: the logarithms of the energy of the photo, and of what the repaired
-    image changes; without a repaired image the first alone. Energy: the mean size of a filter's responses in the cell.
+    First by two features for each of m filters: the logarithms of the energy of the photo, and of what the repaired
+    image changes. Then by these and the photo's mean response. Energy: the mean size of a filter's responses in the
+    cell. Without a repaired image its feature is left out.
     """
 
     scales: tuple[int, ...]  # factors by which the images are reduced
@@ -60,9 +65,9 @@ class PatchFeatures:
 
     def __call__(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
-    ) -> list[Float[Tensor, "_ d b"]]:
-        """Of images and their repaired images in [0, 1], at each scale over each grid; with None the photos alone are
-        described.
+    ) -> list[Float[Tensor, "_ _ b"]]:
+        """Of images and their repaired images in [0, 1], at each scale over each grid, both descriptions; with None the
+        photos alone are described.
         """
         return [each for scale, filters in zip(self.scales, self.filters, strict=True)
                 for each in _features(photos, repaired, filters, scale, self.grids)]
@@ -74,7 +79,7 @@ class PatchFeatures:
 
 @dataclass(frozen=True)
 class CellDistribution:
-    """The Gaussian of the features, of which a cell has D, at one scale over one grid."""
+    """The Gaussian of one description, of D features, at one scale over one grid."""
 
     mean: Float[Tensor, "cells d"]
     std: Float[Tensor, " d"]  # the unit of each feature
@@ -97,17 +102,18 @@ class PatchDistribution:
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over scales and grids. Images in [0, 1]; repaired ones as those that
-        it was fitted to.
+        """log(1 + distance) at each pixel, summed over scales, grids and descriptions. Images in [0, 1]; repaired ones
+        as those that it was fitted to.
         """
         return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
-    def evidence_of(self, features: Sequence[Float[Tensor, "_ d b"]], size: tuple[int, int]
+    def evidence_of(self, features: Sequence[Float[Tensor, "_ _ b"]], size: tuple[int, int]
                     ) -> Float[Tensor, "b h w"]:  # fmt: skip
         """The same from what `describe` made of images of that height and width."""
         found = [part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True)]
         num_grids = len(self.describe.grids)
-        maps = [torch.stack(found[index::num_grids]).sum(0).T.unflatten(1, grid)[:, None]
+        over = [first + second for first, second in zip(found[::2], found[1::2], strict=True)]  # both descriptions
+        maps = [torch.stack(over[index::num_grids]).sum(0).T.unflatten(1, grid)[:, None]
                 for index, grid in enumerate(self.describe.grids)]
         return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
                             for each in maps]).sum(0)
@@ -129,12 +135,12 @@ class GoodPatches:
     """
 
     def __init__(
-        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ d n"]], *, num_modes: int
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int
     ) -> None:
         self.describe = describe
         self._moments = [_moments(each, num_modes) for each in features]
 
-    def fitted(self, held_out: Sequence[Float[Tensor, "_ d n"]]) -> PatchDistribution:
+    def fitted(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more
         a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
         of all.
@@ -215,14 +221,18 @@ def _whitening(
 def _features(
     photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
     scale: int, grids: Sequence[tuple[int, int]],
-) -> list[Float[Tensor, "_ d b"]]:  # fmt: skip
-    """The features of each cell of each grid."""
+) -> list[Float[Tensor, "_ _ b"]]:  # fmt: skip
+    """Both descriptions of the cells of each grid."""
     responses = _responses(photos, filters, scale)
     sizes = [responses.abs()]
     if repaired is not None:
         sizes.append((responses - _responses(repaired, filters, scale)).abs())
-    return [torch.cat([(_pooled(each, grid) + ENERGY_FLOOR).log() for each in sizes], dim=1).flatten(2).permute(2, 1, 0)
-            for grid in grids]
+    found = []
+    for grid in grids:
+        energies = [(_pooled(each, grid) + ENERGY_FLOOR).log() for each in sizes]
+        signed = (_pooled(responses, grid) / KNEE).asinh()
+        found += [torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0) for parts in (energies, [signed, *energies])]
+    return found
 
 
 def _responses(

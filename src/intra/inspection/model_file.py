@@ -18,7 +18,13 @@ from intra.config import Config
 from intra.data.files import write_atomically
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, evidence_kinds
-from intra.inspection.distribution import CellDistribution, PatchDistribution, PatchFeatures, cell_grids
+from intra.inspection.distribution import (
+    FEATURES_OF_A_FILTER,
+    CellDistribution,
+    PatchDistribution,
+    PatchFeatures,
+    cell_grids,
+)
 from intra.inspection.setup import Setup
 
 __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "SETUP_TENSORS", "check_content", "content_digest",
@@ -26,7 +32,7 @@ __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "SETUP_TENSOR
 
 FORMAT_VERSION = 5  # other versions are refused
 MODEL_FILE = "model.safetensors"
-DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale and grid
+DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale, grid and description
 SETUP_TENSORS = ("mean", "centre", "spread")
 
 
@@ -78,9 +84,9 @@ def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDist
     grids = cell_grids(model.image_size, scoring.cell_sizes)
     filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
     parts: list[CellDistribution] = []
-    for each, (num_rows, num_cols) in itertools.product(filters, grids):
+    for each, (num_rows, num_cols), num_features in itertools.product(filters, grids, FEATURES_OF_A_FILTER):
         part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
-        places, width = num_rows * num_cols, 2 * len(each)
+        places, width = num_rows * num_cols, num_features * len(each)
         if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
                 part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):

@@ -77,7 +77,7 @@ class PatchFeatures:
                  for each in _features(photos, repaired, filters, scale, self.grids)]
         if self.cells is None:
             return found
-        return [each[cells.kept] for each, cells in zip(found, itertools.cycle(self.cells), strict=False)]
+        return [each.index_select(0, cells.kept) for each, cells in zip(found, itertools.cycle(self.cells), strict=False)]
 
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on a device."""
@@ -122,7 +122,7 @@ class PatchDistribution:
         num_grids = len(self.describe.grids)
         sums = [torch.stack(found[index::num_grids]).sum(0).T for index in range(num_grids)]  # (B, cells) each
         if self.describe.cells is not None:  # a cell outside is as its neighbour: at the border nothing is diluted
-            sums = [each[:, cells.nearest] for each, cells in zip(sums, self.describe.cells, strict=True)]
+            sums = [each.index_select(1, cells.nearest) for each, cells in zip(sums, self.describe.cells, strict=True)]
         maps = [each.unflatten(1, grid)[:, None] for each, grid in zip(sums, self.describe.grids, strict=True)]
         return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
                             for each in maps]).sum(0)

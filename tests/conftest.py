@@ -94,18 +94,18 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def roi_mask() -> np.ndarray:
-    """A region of interest: half the height and width, without the upper right quarter of that. Twice as large as the
-    photos.
+    """A region of interest: three quarters of the height and width, without the upper right quarter of that. Twice as
+    large as the photos.
     """
     mask = np.zeros((128, 128), dtype=bool)
-    mask[32:96, 16:80] = True
-    mask[32:64, 48:80] = False
+    mask[16:112, 8:104] = True
+    mask[16:64, 56:104] = False
     return mask
 
 
 @pytest.fixture(scope="session")
 def roi_run(photos: Path, roi_mask: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A model of the gear inside that region."""
+    """A model of the gear inside that region, of which the photos show just as many px as the model takes."""
     folder = tmp_path_factory.mktemp("roi")
     PIL.Image.fromarray(roi_mask.astype(np.uint8)).save(folder / "mask.png")  # 1 is as good as 255
-    return train(photos / "gear", folder / "run", steps=40, image_size=64, settings=TINY, roi=folder / "mask.png")
+    return train(photos / "gear", folder / "run", steps=40, image_size=48, settings=TINY, roi=folder / "mask.png")

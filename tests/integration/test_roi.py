@@ -23,7 +23,7 @@ from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.training.run import _resolve, recalibrate, train
 
-BOX = (0.25, 0.125, 0.75, 0.625)  # of conftest's mask
+BOX = (0.125, 0.0625, 0.875, 0.8125)  # of conftest's mask
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,9 @@ def detector(roi_run) -> Detector:
 
 @pytest.fixture(scope="module")
 def photo(photos) -> np.ndarray:
-    """A good photo of 64 x 64 px: a mask's pixel is half one of its."""
+    """A good photo, enlarged to the mask's 128 x 128 px: what the box cuts out is reduced to half the size."""
     with PIL.Image.open(photos / "gear/test/good/000.png") as picture:
-        return np.asarray(picture).copy()
-
-
-@pytest.fixture(scope="module")
-def small_mask(roi_mask) -> np.ndarray:
-    """The region at the photo's size."""
-    return roi_mask[::2, ::2]
+        return np.asarray(picture).repeat(2, axis=0).repeat(2, axis=1)
 
 
 def mask_file(folder: Path, mask: np.ndarray) -> Path:
@@ -49,89 +43,89 @@ def mask_file(folder: Path, mask: np.ndarray) -> Path:
     return folder / "mask.png"
 
 
-def test_a_defect_inside_is_flagged_where_it_is(detector, photo, small_mask):
+def test_a_defect_inside_is_flagged_where_it_is(detector, photo, roi_mask):
     defective = photo.copy()
-    defective[36:42, 14:20] = (255, 0, 255)
+    defective[82:94, 26:38] = (255, 0, 255)
     found = detector.predict(defective)
     assert found.is_anomalous
     row, col = np.unravel_index(found.anomaly_map.argmax(), found.anomaly_map.shape)
-    assert 33 <= row < 45
-    assert 11 <= col < 23
-    assert found.mask[36:42, 14:20].any()
-    assert not found.mask[~small_mask].any()
+    assert 76 <= row < 100
+    assert 20 <= col < 44
+    assert found.mask[82:94, 26:38].any()
+    assert not found.mask[~roi_mask].any()
     assert all(found.mask[d.top : d.top + d.height, d.left : d.left + d.width].any() for d in found.defects)
 
 
 @pytest.mark.parametrize("place", ["outside the box", "left out of the box", "everywhere outside"])
-def test_what_lies_outside_changes_nothing(detector, photo, small_mask, place):
-    """Not even the last bit, though cells, filters and attention reach over the border; two px from it, over which a
-    photo is reduced to the model's size.
+def test_what_lies_outside_changes_nothing(detector, photo, roi_mask, place):
+    """Not even the last bit, though cells, filters and attention reach over the border; three px from it, over which
+    a photo is reduced to the model's size.
     """
     defective = photo.copy()
     if place == "outside the box":
-        defective[2:10, 44:60] = (255, 0, 255)
+        defective[20:60, 108:126] = (255, 0, 255)
     elif place == "left out of the box":
-        defective[18:30, 26:38] = (255, 0, 255)
+        defective[20:58, 64:100] = (255, 0, 255)
     else:
-        near = np.pad(small_mask, 2)
-        near = np.lib.stride_tricks.sliding_window_view(near, (5, 5)).any((2, 3))
+        near = np.lib.stride_tricks.sliding_window_view(np.pad(roi_mask, 3), (7, 7)).any((2, 3))
         noise = np.random.default_rng(0).integers(0, 255, photo.shape).astype(np.uint8)
         defective[~near] = noise[~near]
     one, other = detector.predict(photo), detector.predict(defective)
     assert one.score == other.score
     assert np.array_equal(one.anomaly_map, other.anomaly_map)
     assert np.array_equal(one.mask, other.mask)
-    assert np.array_equal(one.repaired[small_mask], other.repaired[small_mask])
-    assert np.array_equal(other.repaired[~small_mask], defective[~small_mask])
+    assert np.array_equal(one.repaired[roi_mask], other.repaired[roi_mask])
+    assert np.array_equal(other.repaired[~roi_mask], defective[~roi_mask])
 
 
-def test_outside_the_map_is_0_and_the_repaired_image_the_photo(detector, photo, small_mask):
+def test_outside_the_map_is_0_and_the_repaired_image_the_photo(detector, photo, roi_mask):
     found = detector.predict(photo)
     assert found.anomaly_map.shape == found.mask.shape == photo.shape[:2]
-    assert not found.anomaly_map[~small_mask].any()
-    assert found.anomaly_map[small_mask].any()
-    assert np.array_equal(found.repaired[~small_mask], photo[~small_mask])
-    assert not np.array_equal(found.repaired[small_mask], photo[small_mask])
+    assert not found.anomaly_map[~roi_mask].any()
+    assert found.anomaly_map[roi_mask].any()
+    assert np.array_equal(found.repaired[~roi_mask], photo[~roi_mask])
+    assert not np.array_equal(found.repaired[roi_mask], photo[roi_mask])
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float", "grey"])
 def test_positions_are_the_photos_own(detector, roi_mask, monkeypatch, kind):
     """A photo of which the box cuts out the model's own size, so that nothing is resized."""
+    mask = roi_mask[::2, ::2]
     rng = np.random.default_rng(1)
-    photo = {"uint8": rng.integers(1, 255, (128, 128, 3)).astype(np.uint8),
-             "uint16": rng.integers(1, 65535, (128, 128, 3)).astype(np.uint16),
-             "float": rng.random((128, 128, 3)).astype(np.float32),
-             "grey": rng.integers(1, 255, (128, 128)).astype(np.uint8)}[kind]
+    photo = {"uint8": rng.integers(1, 255, (64, 64, 3)).astype(np.uint8),
+             "uint16": rng.integers(1, 65535, (64, 64, 3)).astype(np.uint16),
+             "float": rng.random((64, 64, 3)).astype(np.float32),
+             "grey": rng.integers(1, 255, (64, 64)).astype(np.uint8)}[kind]
     seen = []
 
     def inspect(images):
         seen.append(images)
-        maps = torch.zeros(1, 64, 64)
-        maps[0, 40, 5] = 1e6
+        maps = torch.zeros(1, 48, 48)
+        maps[0, 30, 5] = 1e6
         return torch.zeros_like(images), maps
 
     monkeypatch.setattr(detector, "inspect", inspect)
     found = detector.predict(photo)
     colour = photo if photo.ndim == 3 else np.repeat(photo[..., None], 3, axis=2)
     scale = np.iinfo(photo.dtype).max if photo.dtype != np.float32 else 1
-    assert np.allclose(seen[0][0].permute(1, 2, 0).numpy(), colour[32:96, 16:80] / scale, atol=1e-6)
-    assert np.argwhere(found.anomaly_map).tolist() == [[72, 21]]
-    assert np.argwhere(found.mask).tolist() == [[72, 21]]
-    assert [(d.top, d.left, d.height, d.width, d.area_px) for d in found.defects] == [(72, 21, 1, 1, 1)]
+    assert np.allclose(seen[0][0].permute(1, 2, 0).numpy(), colour[8:56, 4:52] / scale, atol=1e-6)
+    assert np.argwhere(found.anomaly_map).tolist() == [[38, 9]]
+    assert np.argwhere(found.mask).tolist() == [[38, 9]]
+    assert [(d.top, d.left, d.height, d.width, d.area_px) for d in found.defects] == [(38, 9, 1, 1, 1)]
     assert found.repaired.dtype == photo.dtype
-    assert np.array_equal(found.repaired, np.where(roi_mask[..., None], 0, colour))
+    assert np.array_equal(found.repaired, np.where(mask[..., None], 0, colour))
 
 
 def test_patches_outside_are_not_inpainted(detector):
     hidden = []
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     hook = detector.model.register_forward_hook(lambda module, given, _: hidden.append(int(given[2].sum())))
     repaired, maps = detector.inspect(images)
     hook.remove()
-    assert sum(hidden) == 2 * (64 - 16)
-    assert torch.equal(repaired[..., :32, 32:], images[..., :32, 32:])
-    assert not maps[..., :32, 32:].any()
-    assert len(detector.distribution.parts[0].mean) == 64 - 16  # nor are there statistics of their cells
+    assert sum(hidden) == 2 * (36 - 9)
+    assert torch.equal(repaired[..., :24, 24:], images[..., :24, 24:])
+    assert not maps[..., :24, 24:].any()
+    assert len(detector.distribution.parts[0].mean) == 36 - 9  # nor are there statistics of their cells
 
 
 def test_the_held_out_scores_are_of_the_region(detector, photos):
@@ -146,7 +140,7 @@ def test_it_resumes_with_the_same_region(roi_run, roi_mask, photos, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(roi_run.path, run)
     assert np.array_equal(read_roi(run / ROI_FILE), roi_mask)
-    resumed = train(photos / "gear", run, steps=40, resume=True, image_size=64, settings=TINY)
+    resumed = train(photos / "gear", run, steps=40, resume=True, image_size=48, settings=TINY)
     one, other = load_file(resumed.model_path), load_file(roi_run.model_path)
     assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
     with pytest.raises(InTraError, match="another region of interest; resume without --roi"):
@@ -172,36 +166,36 @@ def test_both_recalibrations_keep_the_region(roi_run, detector, photo, photos, t
     june = Detector.load(tmp_path / "june")
     assert june.held_out_scores == pytest.approx([each.score for each in detector.predict_batch(good)])
     assert june.predict(photo).score == detector.predict(photo).score
-    assert not june.predict(photo).setup_alarm  # its mean photo is cut out alike
+    assert not june.predict(photos / "gear/test/good/000.png").setup_alarm  # its mean photo is cut out alike
 
 
-def test_exported_is_the_detector(roi_run, detector, photo, photos, small_mask, tmp_path, monkeypatch):
+def test_exported_is_the_detector(roi_run, detector, photo, photos, roi_mask, tmp_path, monkeypatch):
     """The export itself compares maps and repaired images; here also what is done around the graph."""
     graph = to_onnx(detector)
     monkeypatch.setattr(export_module, "to_onnx", lambda _: graph)
     defective = photo.copy()
-    defective[36:42, 14:20] = (255, 0, 255)
-    defective[18:30, 26:38] = (255, 0, 255)
+    defective[82:94, 26:38] = (255, 0, 255)
+    defective[20:58, 64:100] = (255, 0, 255)
     known = detector.predict(defective)
     for name, file in (("onnx", tmp_path / "gear.onnx"), ("openvino", tmp_path / "gear.xml")):
         parity = intra.export(roi_run.path, file, format=name, data=photos / "gear").parity
         assert parity.largest_repaired_difference < 1e-3
         found = Detector.load(file).predict(defective)
         assert found.score == pytest.approx(known.score, rel=1e-3)
-        assert not found.anomaly_map[~small_mask].any()
+        assert not found.anomaly_map[~roi_mask].any()
         assert np.abs(found.anomaly_map - known.anomaly_map).max() < 1e-3 * known.anomaly_map.max()
         assert np.abs(found.repaired.astype(int) - known.repaired.astype(int)).max() <= 1
         assert [d.top for d in found.defects] == [d.top for d in known.defects]
 
 
-def test_evaluate_works_in_a_region(roi_run, photos, small_mask, tmp_path):
+def test_evaluate_works_in_a_region(roi_run, photos, roi_mask, tmp_path):
     results = intra.evaluate(roi_run.path, photos / "gear", out=tmp_path)
     assert 0 <= results["pixel_auroc"] <= 1
     assert results["num_test"] == 6 + 2 * len(results["per_defect"])
     with PIL.Image.open(next((tmp_path / "maps").rglob("*.tiff"))) as stored:
         found = np.asarray(stored)
-    assert found[small_mask].any()
-    assert not found[~small_mask].any()
+    assert found[roi_mask[::2, ::2]].any()
+    assert not found[~roi_mask[::2, ::2]].any()
 
 
 def test_bad_masks_are_told(photos, tmp_path):

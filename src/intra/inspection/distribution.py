@@ -77,7 +77,8 @@ class PatchFeatures:
                  for each in _features(photos, repaired, filters, scale, self.grids)]
         if self.cells is None:
             return found
-        return [each.index_select(0, cells.kept) for each, cells in zip(found, itertools.cycle(self.cells), strict=False)]
+        return [each.index_select(0, cells.kept)
+                for each, cells in zip(found, itertools.cycle(self.cells), strict=False)]
 
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on a device."""

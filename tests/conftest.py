@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -88,3 +90,22 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A model trained for a few seconds on the gear."""
     return train(photos / "gear", tmp_path_factory.mktemp("run"), steps=60, image_size=64, settings=TINY)
+
+
+@pytest.fixture(scope="session")
+def roi_mask() -> np.ndarray:
+    """A region of interest: three quarters of the height and width, without the upper right quarter of that. Twice as
+    large as the photos.
+    """
+    mask = np.zeros((128, 128), dtype=bool)
+    mask[16:112, 8:104] = True
+    mask[16:64, 56:104] = False
+    return mask
+
+
+@pytest.fixture(scope="session")
+def roi_run(photos: Path, roi_mask: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model of the gear inside that region, of which the photos show just as many px as the model takes."""
+    folder = tmp_path_factory.mktemp("roi")
+    PIL.Image.fromarray(roi_mask.astype(np.uint8)).save(folder / "mask.png")  # 1 is as good as 255
+    return train(photos / "gear", folder / "run", steps=40, image_size=48, settings=TINY, roi=folder / "mask.png")

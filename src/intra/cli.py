@@ -104,6 +104,9 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     settings: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE", help="Replace one setting, e.g. train.batch_size=16; may be repeated.")] = None,
     normal: NormalOption = None,
+    roi: Annotated[Path | None, typer.Option(
+        "--roi", metavar="MASK", help="Region of interest: an image as the photos lie, black where nothing is to be "
+                                      "inspected. Stored with the model.")] = None,
 ) -> None:  # fmt: skip
     """Learn what good parts look like. Ctrl-C ends it early with a usable model; --resume goes on."""
     from intra.data.folder import find_categories, require_enough
@@ -115,7 +118,8 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     for category in categories:
         folder = out / category.name if len(categories) > 1 else out
         interrupted = _train_one(category, folder, preset=preset, image_size=image_size, minutes=minutes, epochs=epochs,
-                                 steps=steps, seed=seed, device=device, resume=resume, settings=_pairs(settings))
+                                 steps=steps, seed=seed, device=device, resume=resume, settings=_pairs(settings),
+                                 roi=roi)
         if interrupted:
             break
     if interrupted:

@@ -16,7 +16,8 @@ from intra.values import fits_type, parse_value, type_in_words
 
 __all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "nearest", "preset"]
 
-FROM_THE_DATA = {("model", "grid"), ("model", "channels")}  # not set by hand: --image-size and data.channels decide
+# Not set by hand: --image-size, data.channels and --roi decide.
+FROM_THE_DATA = {("model", "grid"), ("model", "channels"), ("data", "box")}
 LEAST_SIDE = 3  # px of a reduced image: fewer hold no gradient
 # px of which an image's sides must be multiples: a network halves them that often
 SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16}
@@ -114,6 +115,8 @@ class DataConfig:
     channels: Literal["auto"] | int = "auto"
     validation_fraction: float = 0.1
     max_validation_images: int = 20  # one summary of the paper says 200
+    # what is cut out of every photo: top, left, bottom, right in shares of its height and width; None: all of it
+    box: tuple[float, float, float, float] | None = None
 
     def problems(self) -> list[str]:
         """Everything that is wrong with these settings, one sentence each."""
@@ -124,6 +127,10 @@ class DataConfig:
             found += _outside(self, 1, 1024, "channels")
         if self.image_size != "auto" and min(self.image_size) < 1:
             found.append(f"data.image_size is {self.image_size}; both sides must be at least 1 px")
+        top, left, bottom, right = self.box or (0, 0, 1, 1)
+        if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+            found.append(f"data.box is {self.box}; it must be top, left, bottom and right, each 0 to 1, top above "
+                         "bottom and left before right")
         return found
 
 

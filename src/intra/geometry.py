@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["central_windows", "covering_windows", "flatten_patches", "lattice_hidden", "patchify", "random_windows",
-           "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
+           "touched_patches", "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
 
 
 def flatten_patches(patches: Float[Tensor, "*b c k k"]) -> Float[Tensor, "*b p"]:
@@ -89,16 +89,33 @@ def lattice_hidden(grid: tuple[int, int], spacing: int) -> Bool[Tensor, "passes 
 
 
 def covering_windows(
-    grid: tuple[int, int], window_size: int | None, spacing: int
+    grid: tuple[int, int], window_size: int | None, spacing: int, wanted: Bool[Tensor, " patches"] | None = None
 ) -> tuple[Int[Tensor, "n t"], Bool[Tensor, "n t"]]:
-    """Windows in which every patch of the grid is hidden exactly once: positions and hidden.
+    """Windows in which every patch of the grid, or every wanted one, is hidden exactly once: positions and hidden.
 
-    With a window size each patch's most central window (the paper); with None the passes of a lattice.
+    With a window size each patch's most central window (the paper); with None the passes of a lattice. Windows in which
+    nothing is hidden are left out.
     """
     if window_size is not None:
-        return central_windows(grid, (window_size, window_size))
-    hidden = lattice_hidden(grid, spacing)
-    return torch.arange(grid[0] * grid[1]).expand(len(hidden), -1), hidden
+        positions, hidden = central_windows(grid, (window_size, window_size))
+    else:
+        hidden = lattice_hidden(grid, spacing)
+        positions = torch.arange(grid[0] * grid[1]).expand(len(hidden), -1)
+    if wanted is None:
+        return positions, hidden
+    hidden = hidden & wanted.cpu()[positions]
+    needed = hidden.any(1)
+    return positions[needed], hidden[needed]
+
+
+def touched_patches(inside: Bool[Tensor, "h w"], patch_size: int) -> Bool[Tensor, " patches"]:
+    """Which patches have a pixel of a region, in the order of their positions.
+
+    >>> touched_patches(torch.tensor([[False, False, False, True], [False, False, False, False]]), 2).tolist()
+    [False, True]
+    """
+    rows, cols = inside.shape[0] // patch_size, inside.shape[1] // patch_size
+    return inside.reshape(rows, patch_size, cols, patch_size).any(3).any(1).flatten()
 
 
 def random_windows(

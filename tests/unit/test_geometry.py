@@ -12,6 +12,7 @@ from intra.geometry import (
     lattice_hidden,
     patchify,
     random_windows,
+    touched_patches,
     unflatten_patches,
     unpatchify,
     window_origins,
@@ -85,6 +86,23 @@ def test_covering_windows_hide_each_patch_once(grid, window, spacing):
     for size in (None, min(window, *grid)):
         positions, hidden = covering_windows(grid, size, spacing)
         assert positions[hidden].sort().values.tolist() == list(range(grid[0] * grid[1]))
+
+
+@given(grid=grids, window=st.integers(1, 12), spacing=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_only_wanted_patches_are_hidden_and_no_window_is_in_vain(grid, window, spacing, seed):
+    wanted = torch.rand(grid[0] * grid[1], generator=torch.Generator().manual_seed(seed)) < 0.2
+    for size in (None, min(window, *grid)):
+        positions, hidden = covering_windows(grid, size, spacing, wanted)
+        assert positions[hidden].sort().values.tolist() == wanted.nonzero()[:, 0].tolist()
+        assert hidden.any(1).all()
+
+
+@given(grid=grids, patch_size=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_patch_is_touched_by_any_of_its_pixels(grid, patch_size, seed):
+    shape = grid[0] * patch_size, grid[1] * patch_size
+    inside = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.1
+    expected = patchify(inside[None, None].float(), patch_size)[0].any(1)
+    assert touched_patches(inside, patch_size).tolist() == expected.tolist()
 
 
 @given(grid=grids, count=st.integers(1, 20), seed=st.integers(0, 1000), data=st.data())

@@ -1,8 +1,8 @@
 """Reduced photos on the disk, so that the next run on the same photos does not decode them again.
 
-A file for each set, under the SHA-256 of its photos' contents, size and channels: a photo that changed makes another
-set. It is mapped into memory, not read. Nothing here may stop a training: without room, or rights, the photos are
-decoded as if there was no cache.
+A file for each set, under the SHA-256 of its photos' contents, size, channels and box: a photo that changed makes
+another set. It is mapped into memory, not read. Nothing here may stop a training: without room, or rights, the photos
+are decoded as if there was no cache.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from intra.data.files import remove_leftovers, whole_file
-from intra.data.images import read_set
+from intra.data.images import Box, read_set
 from intra.errors import InTraError
 
 __all__ = ["cache_folder", "cached_set"]
@@ -37,19 +37,20 @@ def cache_folder() -> Path | None:
 
 
 def cached_set(
-    paths: Sequence[Path], hashes: Iterable[str], *, size: tuple[int, int], channels: int,
+    paths: Sequence[Path], hashes: Iterable[str], *, size: tuple[int, int], channels: int, box: Box | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Shaped[Tensor, "n c h w"]:  # fmt: skip
     """As `read_set`, from the cache where the same contents were read before. `hashes` are the files' SHA-256."""
     folder = cache_folder()
     if folder is None:
-        return read_set(paths, size=size, channels=channels, on_progress=on_progress)
-    key = hashlib.sha256(f"{FORMAT} {size} {channels} {' '.join(hashes)}".encode()).hexdigest()
+        return read_set(paths, size=size, channels=channels, box=box, on_progress=on_progress)
+    cut = "" if box is None else f" {box}"
+    key = hashlib.sha256(f"{FORMAT} {size} {channels} {' '.join(hashes)}{cut}".encode()).hexdigest()
     shape = (len(paths), channels, *size)
     for suffix in DTYPES:
         with contextlib.suppress(OSError, RuntimeError):
             return _mapped(folder / f"{key}.{suffix}", shape)
-    images = read_set(paths, size=size, channels=channels, on_progress=on_progress)
+    images = read_set(paths, size=size, channels=channels, box=box, on_progress=on_progress)
     suffix = next(name for name, dtype in DTYPES.items() if dtype == images.dtype)
     file = folder / f"{key}.{suffix}"
     with contextlib.suppress(InTraError, OSError, RuntimeError):

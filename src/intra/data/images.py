@@ -30,12 +30,14 @@ from intra.data.decode import (
 from intra.data.files import listed
 from intra.errors import InTraError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "convert_channels",
-           "in_threads", "pixels_digest", "prepare", "read_bytes", "read_image", "read_info", "read_mask",
-           "read_set", "to_unit"]
+__all__ = ["IMAGE_SUFFIXES", "Box", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "box_slices",
+           "convert_channels", "in_threads", "pixels_digest", "prepare", "read_bytes", "read_image", "read_info",
+           "read_mask", "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+
+Box = tuple[float, float, float, float]  # top, left, bottom, right in shares of a photo's height and width
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -114,13 +116,28 @@ def convert_channels(image: Shaped[np.ndarray, "h w c"], channels: int) -> Shape
                      "channels are turned into each other")
 
 
-def prepare(image: Shaped[np.ndarray, "h w c"], *, size: tuple[int, int], channels: int) -> Shaped[Tensor, "d i j"]:
-    """The image at `size` (height, width) px with `channels` channels: what training and inspection alike work on.
+def box_slices(size: tuple[int, int], box: Box) -> tuple[slice, slice]:
+    """The rows and cols of a photo of this height and width that a box covers, in whole px; at least one of each.
+
+    >>> box_slices((100, 50), (0.25, 0.0, 0.75, 0.5))
+    (slice(25, 75, None), slice(0, 25, None))
+    """
+    rows, cols = ((min(round(least * side), side - 1), round(most * side)) for side, least, most in (
+        (size[0], box[0], box[2]), (size[1], box[1], box[3])))
+    return slice(rows[0], max(rows[1], rows[0] + 1)), slice(cols[0], max(cols[1], cols[0] + 1))
+
+
+def prepare(
+    image: Shaped[np.ndarray, "h w c"], *, size: tuple[int, int], channels: int, box: Box | None = None
+) -> Shaped[Tensor, "d i j"]:
+    """The image, or what a box cuts out of it, at `size` (height, width) px with `channels` channels: what training and
+    inspection alike work on.
 
     8 bits stay uint8; anything else becomes float32 in [0, 1]. Reduced with antialiasing (bilinear); uint8 is rounded
     after each direction, so it lies within 1 of the exact value.
     """
-    converted = convert_channels(image, channels)
+    part = image if box is None else image[box_slices((image.shape[0], image.shape[1]), box)]
+    converted = convert_channels(part, channels)
     if converted.dtype == np.uint16:
         converted = converted.astype(np.float32) / 65535
     pixels = torch.from_numpy(np.require(converted, requirements=["C", "W"])).permute(2, 0, 1)  # (C, H, W)
@@ -144,7 +161,7 @@ def to_unit(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def read_set(
-    paths: Sequence[Path], *, size: tuple[int, int], channels: int,
+    paths: Sequence[Path], *, size: tuple[int, int], channels: int, box: Box | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Shaped[Tensor, "n c h w"]:
     """All images, each decoded once and prepared: uint8 if every file has 8 bits, else float32 in [0, 1].
@@ -157,7 +174,7 @@ def read_set(
 
     def work(path: Path) -> Tensor | UnreadableError:
         try:
-            return prepare(read_image(path), size=size, channels=channels)
+            return prepare(read_image(path), size=size, channels=channels, box=box)
         except UnreadableError as error:
             return error
         except InTraError as error:

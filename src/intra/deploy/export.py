@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import intra
-from intra.config import ModelConfig
+from intra.config import Config, ModelConfig
 from intra.data.demo import DEFECTS, demo_photo
 from intra.data.files import write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
@@ -124,8 +124,8 @@ def export(
     detector = run if isinstance(run, Detector) else Detector.load(run, device="cpu")
     if detector.device.type != "cpu" or "export" in detector.info:
         raise InTraError("only a run's own model can be exported, on the CPU; pass the run's folder")
-    photos, labelled = _photos(detector.config.model, category)
-    proto = _in_precision(to_onnx(detector), precision, category, detector.config.model)
+    photos, labelled = _photos(detector.config, category)
+    proto = _in_precision(to_onnx(detector), precision, category, detector.config)
     record = {"format": format, "precision": precision, "tolerance": asdict(TOLERANCES[precision]),
               "versions": _versions(format)}
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +163,7 @@ def parity(
 
 
 def _in_precision(
-    proto: "onnx.ModelProto", precision: Precision, category: Category | None, config: ModelConfig
+    proto: "onnx.ModelProto", precision: Precision, category: Category | None, config: Config
 ) -> "onnx.ModelProto":
     if precision == "fp16":
         return with_fp16_weights(proto)
@@ -176,7 +176,7 @@ def _in_precision(
 
 
 def _write(proto: "onnx.ModelProto", file: Path, detector: Detector, record: dict[str, Any]) -> None:
-    text = header_text(detector.info | {"export": record}, detector.setup)
+    text = header_text(detector.info | {"export": record}, detector.setup, detector.region)
     write_graph(proto, file, header=text, threshold=detector.threshold)
     seal(file)
 
@@ -193,10 +193,10 @@ def _inspected(detector: Detector, photos: Sequence[Tensor]) -> tuple[Float[Tens
     return torch.cat(repaired), torch.cat(maps)
 
 
-def _photos(config: ModelConfig, category: Category | None) -> tuple[list[Tensor], list[tuple[Tensor, int]]]:
+def _photos(config: Config, category: Category | None) -> tuple[list[Tensor], list[tuple[Tensor, int]]]:
     """Photos to compare maps on, and labelled ones for the AUROC."""
     if category is None:
-        return _built_in(config), []
+        return _built_in(config.model), []
     tests: Sequence[LabelledImage] = category.test
     paths = [*category.train, *(test.path for test in tests if test.path not in set(category.train))]
     compared = _prepared([paths[index] for index in _spread(len(paths), NUM_COMPARED)], config)
@@ -215,8 +215,9 @@ def _built_in(config: ModelConfig) -> list[Tensor]:
     return [prepare(np.asarray(picture), size=config.image_size, channels=config.channels) for picture in pictures]
 
 
-def _prepared(paths: Sequence[Path], config: ModelConfig) -> list[Tensor]:
-    return [prepare(read_image(path), size=config.image_size, channels=config.channels) for path in paths]
+def _prepared(paths: Sequence[Path], config: Config) -> list[Tensor]:
+    return [prepare(read_image(path), size=config.model.image_size, channels=config.model.channels, box=config.data.box)
+            for path in paths]
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from intra.data.images import to_unit
 from intra.deploy.exported import METADATA_KEY, OUTPUTS, extra_installed, openvino_core
 from intra.errors import InTraError
+from intra.geometry import touched_patches
 from intra.inspection.anomaly import anomaly_map, evidence_kinds, image_score
 from intra.inspection.detector import Detector, repair
 from intra.inspection.inpaint import Hiding
@@ -53,7 +54,9 @@ class InspectionGraph(nn.Module):
         self.scoring = replace(detector.config.scoring, precision="fp32")
         self.kinds = evidence_kinds(self.scoring, has_segmenter=self.model_config.segmenter_width > 0)
         self.distribution, self.reference = detector.distribution, detector.reference
-        self.hiding = Hiding.of(self.model_config, self.scoring.lattice)
+        self.region = detector.region
+        wanted = touched_patches(self.region.inside, self.model_config.patch_size) if self.region else None
+        self.hiding = Hiding.of(self.model_config, self.scoring.lattice, wanted)
 
     def forward(
         self, photos: UInt8[Tensor, "b h w c"], threshold: Float[Tensor, ""]
@@ -61,8 +64,10 @@ class InspectionGraph(nn.Module):
         """Repaired images (about [0, 1], not clamped), anomaly maps, scores, and which are above the threshold."""
         images = to_unit(photos.permute(0, 3, 1, 2))  # (B, C, H, W)
         repaired, evidence = repair(self.model, images, model_config=self.model_config, scoring=self.scoring,
-                                    kinds=self.kinds, distribution=self.distribution, hiding=self.hiding)
-        maps = anomaly_map(evidence, self.reference, kinds=self.kinds, scoring=self.scoring)
+                                    kinds=self.kinds, distribution=self.distribution, hiding=self.hiding,
+                                    region=self.region)
+        maps = anomaly_map(evidence, self.reference, kinds=self.kinds, scoring=self.scoring,
+                           inside=self.region.inside if self.region else None)
         scores = image_score(maps)
         return repaired.permute(0, 2, 3, 1), maps, scores, scores > threshold
 

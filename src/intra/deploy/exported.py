@@ -2,8 +2,8 @@
 
 The graph takes photos (B, H, W, C) of uint8 at the model's own size and a threshold, and gives the repaired images
 (B, H, W, C), the anomaly maps (B, H, W), the scores and which are above the threshold. What else the Detector needs to
-know, config, calibration, provenance and what tells a change of the setup, travels in the file as JSON, and a checksum
-of the whole: docs/decisions/0012-export.md
+know, config, calibration, provenance, what tells a change of the setup and the region of interest, travels in the file
+as JSON, and a checksum of the whole: docs/decisions/0012-export.md
 """
 
 import base64
@@ -30,7 +30,8 @@ from intra.errors import InTraError
 from intra.inspection.anomaly import Reference
 from intra.inspection.calibration import Threshold, moved_threshold
 from intra.inspection.detector import Detector
-from intra.inspection.model_file import SETUP_TENSORS, stored_setup
+from intra.inspection.model_file import REGION_TENSORS, SETUP_TENSORS, stored_region, stored_setup
+from intra.inspection.region import Region
 from intra.inspection.setup import Setup
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class ExportedDetector(Detector):
 
     def __init__(
         self, graph: Graph, config: Config, *, held_out_scores: list[float], provenance: dict[str, Any],
-        export: dict[str, Any], threshold: Threshold, setup: Setup | None,
+        export: dict[str, Any], threshold: Threshold, setup: Setup | None, region: Region | None = None,
     ) -> None:  # fmt: skip
         in_the_graph = Reference(torch.zeros(0, *config.model.image_size), None)
         super().__init__(nn.Identity(), config, reference=in_the_graph, held_out_scores=held_out_scores,
-                         provenance=provenance, setup=setup, threshold=threshold, device="cpu")
+                         provenance=provenance, setup=setup, region=region, threshold=threshold, device="cpu")
         self.graph = graph
         self.export = export
 
@@ -112,7 +113,8 @@ def load_exported(
         scores = [float(score) for score in header["calibration"]["held_out_scores"]]
         stored = Threshold(**header["calibration"]["threshold"])
         provenance, export = dict(header["provenance"]), dict(header["export"])
-        tensors = tensors_from(base64.b64decode(packed)) if packed else {}
+        tensors = {name: part for each in packed for name, part in tensors_from(base64.b64decode(each)).items()}
+        region = stored_region(config, tensors)
         setup = stored_setup(config, tensors, header["calibration"]["setup_scores"])
         is_finite = all(math.isfinite(number) for number in (stored.value, *scores))
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
@@ -121,15 +123,21 @@ def load_exported(
         raise InTraError(f"{file} has a threshold or a score that is no number; export or copy it again")
     chosen = moved_threshold(stored, scores, threshold=threshold, false_reject_rate=false_reject_rate)
     return ExportedDetector(graph, config, held_out_scores=scores, provenance=provenance, export=export,
-                            threshold=chosen, setup=setup)
+                            threshold=chosen, setup=setup, region=region)
 
 
-def header_text(info: dict[str, Any], setup: Setup | None) -> str:
+def header_text(info: dict[str, Any], setup: Setup | None, region: Region | None) -> str:
     """What an exported model says of itself; `seal` the file that it was put in."""
-    parts = {f"setup.{name}": getattr(setup, name) for name in SETUP_TENSORS} if setup else {}
-    packed = base64.b64encode(bytes_of({name: part.cpu().contiguous() for name, part in parts.items()})).decode()
-    return json.dumps({"export_version": EXPORT_VERSION, "seal": OPEN_SEAL, "header": info,
-                       "setup": packed if setup else None}, sort_keys=True)  # fmt: skip
+    envelope = {"export_version": EXPORT_VERSION, "seal": OPEN_SEAL, "header": info,
+                "setup": _packed("setup", setup, SETUP_TENSORS) if setup else None}
+    if region:
+        envelope["roi"] = _packed("roi", region, REGION_TENSORS)
+    return json.dumps(envelope, sort_keys=True)
+
+
+def _packed(prefix: str, record: Setup | Region, names: tuple[str, ...]) -> str:
+    parts = {f"{prefix}.{name}": getattr(record, name).cpu().contiguous() for name in names}
+    return base64.b64encode(bytes_of(parts)).decode()
 
 
 def seal(file: Path) -> None:
@@ -156,21 +164,22 @@ def _seal_of(content: bytes, file: Path) -> bytes:
     return f"intra-sha256-{digest.hexdigest()}".encode()
 
 
-def _header(file: Path, metadata: str | None) -> tuple[dict[str, Any], str | None]:
-    """Config, calibration and provenance; and the setup. Raises InTraError where a file has none, or another
-    version's.
+def _header(file: Path, metadata: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Config, calibration and provenance; and the tensors of setup and region, where there are such. Raises InTraError
+    where a file has none, or another version's.
     """
     if metadata is None:
         raise InTraError(f"{file} is no model of intra's; make one with `intra export`")
     try:
         envelope = json.loads(metadata)
-        export_version, header, setup = envelope["export_version"], dict(envelope["header"]), envelope["setup"]
+        export_version, header = envelope["export_version"], dict(envelope["header"])
+        packed = [part for part in (envelope["setup"], envelope.get("roi")) if part is not None]
     except (KeyError, TypeError, ValueError) as error:
         raise InTraError(f"{file} is damaged: its header cannot be read ({error}); export or copy it again") from error
     if export_version != EXPORT_VERSION:
         raise InTraError(f"{file} has export version {export_version}; this intra reads version {EXPORT_VERSION}; "
                          "export its run again")
-    return header, setup
+    return header, packed
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from intra.config import ScoringConfig
@@ -32,12 +32,16 @@ class Reference:
     tails: Float[Tensor, "k 2"] | None = None  # of several kinds of evidence: level and mean excess above it
 
     @classmethod
-    def of(cls, evidence: Float[Tensor, "n k h w"], *, spread: bool) -> "Reference":
-        """The mean, and if wanted the standard deviation of the first kind, of at least one image (two for it)."""
+    def of(
+        cls, evidence: Float[Tensor, "n k h w"], *, spread: bool, inside: Bool[Tensor, "h w"] | None = None
+    ) -> "Reference":
+        """The mean, and if wanted the standard deviation of the first kind, of at least one image (two for it). Its
+        median is taken of all pixels, or of those `inside` a region.
+        """
         if not spread:
             return cls(evidence.mean(0), None)
         deviation = evidence[:, 0].std(0)
-        return cls(evidence.mean(0), deviation + SPREAD_FLOOR * deviation.median() + LEAST_SPREAD)
+        return cls(evidence.mean(0), deviation + SPREAD_FLOOR * _within(deviation, inside).median() + LEAST_SPREAD)
 
     def to(self, device: torch.device) -> "Reference":
         """The same on a device."""
@@ -64,29 +68,29 @@ def difference_map(
 
 
 def anomaly_map(
-    evidence: Float[Tensor, "b k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig
-) -> Float[Tensor, "b h w"]:
-    """How far the evidence lies from that of good images. Raw, never normalised per image.
+    evidence: Float[Tensor, "b k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig,
+    inside: Bool[Tensor, "h w"] | None = None,
+) -> Float[Tensor, "b h w"]:  # fmt: skip
+    """How far the evidence lies from that of good images; 0 where it is not `inside` the region of interest. Raw, never
+    normalised per image.
 
     The difference alone gives its deviation, squared in the paper. Several kinds are each turned into −log p, p the
     share of good pixels that lie as high, and summed: as for independent tests (Fisher), and no kind needs a scale of
     its own. p comes from an exponential tail over good images, so the sum grows without a bound.
     """
     away = _away(evidence, reference, kinds, scoring)
-    if len(kinds) == 1:
-        return away[:, 0]
-    assert reference.tails is not None, "several kinds of evidence need their tails"
-    level, excess = reference.tails[:, :, None, None].unbind(1)  # (K, 1, 1) each
-    rare = ((away - level) / excess - math.log(TAIL_SHARE)).clamp(min=0)  # −log p; 0 where p would be above 1
-    weights = torch.tensor([getattr(scoring, f"{kind}_weight") for kind in kinds], device=rare.device)
-    return torch.einsum("bkhw,k->bhw", rare, weights.to(rare.dtype))
+    found = away[:, 0] if len(kinds) == 1 else _summed(away, reference, kinds, scoring)
+    return found if inside is None else found.masked_fill(~inside, 0)
 
 
 def tails_of(
-    evidence: Float[Tensor, "n k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig
-) -> Float[Tensor, "k 2"]:
-    """For each kind the level above which a tenth of good pixels lie, and their mean excess above it."""
-    values = _away(evidence, reference, kinds, scoring).transpose(0, 1).flatten(1)  # (K, pixels)
+    evidence: Float[Tensor, "n k h w"], reference: Reference, *, kinds: Sequence[Evidence], scoring: ScoringConfig,
+    inside: Bool[Tensor, "h w"] | None = None,
+) -> Float[Tensor, "k 2"]:  # fmt: skip
+    """For each kind the level above which a tenth of good pixels, all or those `inside` a region, lie, and their mean
+    excess above it.
+    """
+    values = _within(_away(evidence, reference, kinds, scoring).transpose(0, 1), inside).flatten(1)  # (K, pixels)
     values = values[:, :: max(1, values.shape[1] // TAIL_PIXELS)].sort(dim=1).values
     highest = values[:, -max(1, round(TAIL_SHARE * values.shape[1])) :]
     level = highest[:, :1]
@@ -110,6 +114,22 @@ def _away(
         else:
             parts.append(evidence[:, index] - reference.mean[index])
     return torch.stack(parts, dim=1)
+
+
+def _summed(
+    away: Float[Tensor, "b k h w"], reference: Reference, kinds: Sequence[Evidence], scoring: ScoringConfig
+) -> Float[Tensor, "b h w"]:
+    """The −log p of several kinds, weighted and summed."""
+    assert reference.tails is not None, "several kinds of evidence need their tails"
+    level, excess = reference.tails[:, :, None, None].unbind(1)  # (K, 1, 1) each
+    rare = ((away - level) / excess - math.log(TAIL_SHARE)).clamp(min=0)  # −log p; 0 where p would be above 1
+    weights = torch.tensor([getattr(scoring, f"{kind}_weight") for kind in kinds], device=rare.device)
+    return torch.einsum("bkhw,k->bhw", rare, weights.to(rare.dtype))
+
+
+def _within(values: Float[Tensor, "*k h w"], inside: Bool[Tensor, "h w"] | None) -> Float[Tensor, "*some"]:
+    """The values inside a region, in a row; None: all, as they are."""
+    return values if inside is None else values[..., inside]
 
 
 def _deviation(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import betaincinv
 from torch import Tensor
 
@@ -112,8 +112,10 @@ def moved_threshold(
 def calibrate(
     held_out: Float[Tensor, "n k h w"], trained_on: Float[Tensor, "m l h w"] | None, *, kinds: Sequence[Evidence],
     scoring: ScoringConfig, refit: Callable[[list[int]], Tensor] | None = None,
+    inside: Bool[Tensor, "h w"] | None = None,
 ) -> tuple[Reference, list[float]]:  # fmt: skip
-    """The reference for anomaly maps, and the scores of the held-out good images, from their evidence.
+    """The reference for anomaly maps, and the scores of the held-out good images, from their evidence; with a region of
+    interest from what lies `inside` of it.
 
     With the reference "training" (the paper) its means are taken from `trained_on`, which has all kinds of evidence but
     the distribution. With "validation" they are taken from the held-out images; that needs at least three. How rare
@@ -135,12 +137,13 @@ def calibrate(
     def reference_from(evidence: Float[Tensor, "o k h w"]) -> Reference:
         means = trained_on if scoring.reference == "training" else evidence[:, :num_means]
         assert means is not None
-        return _reference(means, evidence, kinds, scoring)
+        return _reference(means, evidence, kinds, scoring, inside)
 
     scores = torch.empty(len(held_out))
     for fold, others in _folds(len(held_out), kinds, scoring, is_costly=refit is not None):
         evidence = refit(others) if refit and len(others) < len(held_out) else held_out
-        maps = anomaly_map(evidence[fold], reference_from(evidence[others]), kinds=kinds, scoring=scoring)
+        maps = anomaly_map(evidence[fold], reference_from(evidence[others]), kinds=kinds, scoring=scoring,
+                           inside=inside)
         scores[fold] = image_score(maps).to(scores)
     return reference_from(held_out), scores.tolist()
 
@@ -160,12 +163,12 @@ def _folds(
 
 def _reference(
     for_means: Float[Tensor, "m l h w"], held_out: Float[Tensor, "n k h w"], kinds: Sequence[Evidence],
-    scoring: ScoringConfig,
+    scoring: ScoringConfig, inside: Bool[Tensor, "h w"] | None,
 ) -> Reference:  # fmt: skip
-    reference = Reference.of(for_means, spread=scoring.spread and "difference" in kinds)
+    reference = Reference.of(for_means, spread=scoring.spread and "difference" in kinds, inside=inside)
     if "distribution" in kinds:  # the last: it has taken off each place's mean itself
         zero = held_out.new_zeros(1, *held_out.shape[-2:])
         reference = replace(reference, mean=torch.cat([reference.mean, zero]))
     if len(kinds) == 1:
         return reference
-    return replace(reference, tails=tails_of(held_out, reference, kinds=kinds, scoring=scoring))
+    return replace(reference, tails=tails_of(held_out, reference, kinds=kinds, scoring=scoring, inside=inside))

@@ -17,8 +17,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from intra.config import Config, ModelConfig, ScoringConfig
-from intra.data.images import prepare, read_image, to_unit
+from intra.data.images import box_slices, convert_channels, prepare, read_image, to_unit
 from intra.errors import InTraError
+from intra.geometry import touched_patches
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold, p_value
 from intra.inspection.device import autocast, in_chunks, pick_device
@@ -27,14 +28,17 @@ from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.inspection.model_file import (
     DISTRIBUTION_TENSORS,
     FORMAT_VERSION,
+    REGION_TENSORS,
     SETUP_TENSORS,
     check_content,
     model_file,
     read_model,
     stored_distribution,
+    stored_region,
     stored_setup,
     write_model,
 )
+from intra.inspection.region import Region
 from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
 from intra.similarity import box_blur
@@ -64,7 +68,9 @@ class Defect:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The verdict on one image. Map, mask and repaired image have the input's own height and width."""
+    """The verdict on one image. Map, mask and repaired image have the input's own height and width; outside the model's
+    region of interest, if it has one, they are 0, False and the input's own pixels.
+    """
 
     score: float  # raw; the higher, the further from good images
     is_anomalous: bool  # score > threshold
@@ -92,6 +98,7 @@ class Detector:
         provenance: dict[str, Any],
         distribution: PatchDistribution | None = None,
         setup: Setup | None = None,
+        region: Region | None = None,
         threshold: Threshold | None = None,
         device: str = "auto",
     ) -> None:
@@ -101,6 +108,7 @@ class Detector:
         self.reference = reference.to(self.device)
         self.distribution = distribution.to(self.device) if distribution else None
         self.setup = setup.to(self.device) if setup else None  # None: no setup alarm is ever raised
+        self.region = region.to(self.device) if region else None  # None: everything is inspected
         self.held_out_scores = list(held_out_scores)
         self.provenance = provenance
         self.calibration = threshold or choose_threshold(self.held_out_scores, config.scoring.false_reject_rate)
@@ -127,7 +135,8 @@ class Detector:
             chosen = Threshold(**header["calibration"]["threshold"])
             reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None),
                                   tensors.pop("reference.tails", None))
-            distribution = stored_distribution(config, tensors)
+            region = stored_region(config, tensors)
+            distribution = stored_distribution(config, tensors, region)
             setup = stored_setup(config, tensors, header["calibration"].get("setup_scores"))
             check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
@@ -138,7 +147,7 @@ class Detector:
             raise InTraError(f"{path} does not hold what its header says ({reason}); train or copy it again") from error
         chosen = moved_threshold(chosen, scores, threshold=threshold, false_reject_rate=false_reject_rate)
         return cls(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                   distribution=distribution, setup=setup, threshold=chosen, device=device)
+                   distribution=distribution, setup=setup, region=region, threshold=chosen, device=device)
 
     @property
     def threshold(self) -> float:
@@ -171,6 +180,8 @@ class Detector:
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
         if self.setup:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
+        if self.region:
+            tensors |= {f"roi.{name}": getattr(self.region, name) for name in REGION_TENSORS}
         write_model(Path(path), self.info, tensors)
 
     def predict(self, image: Image) -> Prediction:
@@ -195,8 +206,9 @@ class Detector:
         scoring = self.config.scoring
         kinds = evidence_kinds(scoring, has_segmenter=self.config.model.segmenter_width > 0)
         repaired, evidence = repair(self.model, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
-                                    distribution=self.distribution)
-        return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring)
+                                    distribution=self.distribution, region=self.region)
+        return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
+                                     inside=self.region.inside if self.region else None)
 
     def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop]), len(arrays), len(arrays))
@@ -204,8 +216,9 @@ class Detector:
 
     def _predict_at_once(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         config = self.config.model
-        batch = torch.stack([to_unit(prepare(array, size=config.image_size, channels=config.channels))
-                             for array in arrays]).to(self.device)
+        batch = torch.stack([
+            to_unit(prepare(array, size=config.image_size, channels=config.channels, box=self.config.data.box))
+            for array in arrays]).to(self.device)
         repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
         checks: Sequence[SetupCheck | None] = self.setup.check(batch) if self.setup else [None] * len(batch)
@@ -218,17 +231,28 @@ class Detector:
         self, score: float, small_map: Float[Tensor, "h w"], small_repaired: Float[Tensor, "c h w"], array: np.ndarray,
         check: SetupCheck | None,
     ) -> Prediction:  # fmt: skip
-        size = array.shape[0], array.shape[1]
+        photo_size = array.shape[0], array.shape[1]
+        where = box_slices(photo_size, self.config.data.box or (0, 0, 1, 1))
+        size = where[0].stop - where[0].start, where[1].stop - where[1].start
         large_map = _resize(small_map[None], size)[0].numpy()
+        inside = self.region.at(size) if self.region else None
+        if inside is not None:
+            large_map[~inside] = 0
         if not math.isfinite(score):  # never let a broken model call a part good
             raise InTraError("the model gives scores that are no numbers; train or copy it again")
         is_anomalous = score > self.threshold
         # Resizing lowers the peak a little: an anomalous image shows at least that.
         mask = large_map > min(self.threshold, np.nextafter(large_map.max(), -np.inf)) if is_anomalous else (
             np.zeros(size, dtype=bool))
+        repaired = _like(_resize(small_repaired, size), array)
+        if inside is not None:
+            large_map = _placed(large_map, inside, where, np.zeros(photo_size, dtype=large_map.dtype))
+            mask = _placed(mask, inside, where, np.zeros(photo_size, dtype=bool))
+            photo = convert_channels(array, self.config.model.channels)
+            repaired = _placed(repaired, inside, where, (photo[..., 0] if repaired.ndim == 2 else photo).copy())
         return Prediction(
             score=score, is_anomalous=is_anomalous, threshold=self.threshold, anomaly_map=large_map, mask=mask,
-            repaired=_like(_resize(small_repaired, size), array), defects=_defects(mask, large_map),
+            repaired=repaired, defects=_defects(mask, large_map),
             p_value=p_value(score, self.held_out_scores), setup_alarm=check is not None and check.alarm,
             setup_reason=check.reason if check else "",
         )  # fmt: skip
@@ -237,15 +261,24 @@ class Detector:
 def repair(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, scoring: ScoringConfig,
     kinds: Sequence[Evidence], distribution: PatchDistribution | None = None, hiding: Hiding | None = None,
+    region: Region | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:  # fmt: skip
     """The repaired images, and these kinds of evidence of images in [0, 1]. One way for training and inspection.
 
     Where the network repairs an image several times, the means. Without a distribution, which is made from images that
-    were repaired before, its evidence is left out. `hiding`, for tracing, as for `repaired_views`.
+    were repaired before, its evidence is left out. `hiding`, for tracing, as for `repaired_views`. Of a region of
+    interest nothing outside is looked at; there the repaired images are the images themselves.
     """
     with torch.no_grad():
+        given, wanted = images, None
+        if region:
+            images = region.shown(images)
+            wanted = None if hiding else touched_patches(region.inside, model_config.patch_size)
         with autocast(images.device, scoring.precision):
-            views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice, hiding=hiding)
+            views = repaired_views(model, images, model_config=model_config, lattice=scoring.lattice, hiding=hiding,
+                                   wanted=wanted)
+        if region:
+            views = [torch.where(region.inside, view, images) for view in views]
         repaired = torch.stack(views).mean(0)
         evidence = [images.new_zeros(images.shape[0], 0, *images.shape[-2:])]  # len() would fix it in a graph
         for kind in kinds:
@@ -262,7 +295,8 @@ def repair(
             else:
                 raise ValueError(f"evidence is {kind!r}; expected difference, segmenter or distribution")
             evidence.append(found[:, None])
-        return repaired, torch.cat(evidence, dim=1)
+        shown = torch.where(region.inside, repaired, given) if region else repaired
+        return shown, torch.cat(evidence, dim=1)
 
 
 def is_exported(path: str | Path) -> bool:
@@ -279,6 +313,14 @@ def refuse_exported(path: str | Path) -> None:
 
 def _resize(maps: Float[Tensor, "c h w"], size: tuple[int, int]) -> Float[Tensor, "c height width"]:
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _placed(
+    part: np.ndarray, inside: np.ndarray, where: tuple[slice, slice], whole: np.ndarray
+) -> np.ndarray:
+    """`whole`, in which the part inside the region, which was cut out there, stands in its place."""
+    whole[where][inside] = part[inside]
+    return whole
 
 
 def _like(image: Float[Tensor, "c h w"], array: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
+from intra.inspection.region import Cells, Region
 from intra.similarity import reduced
 
 __all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures",
@@ -55,13 +56,20 @@ class PatchFeatures:
     scales: tuple[int, ...]  # factors by which the images are reduced
     grids: tuple[tuple[int, int], ...]  # rows and cols of cells, the finest first
     filters: tuple[Float[Tensor, "m c k k"], ...]  # at each scale, of unit standard deviation over good photos
+    cells: tuple[Cells, ...] | None = None  # of each grid, those that are described; None: all
 
     @classmethod
-    def of(cls, photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int) -> "PatchFeatures":
-        """From good images, uint8 or float in [0, 1], whose principal components become the filters."""
-        return cls(scoring.distribution_scales, cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes),
-                   tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
-                         for scale in scoring.distribution_scales))
+    def of(
+        cls, photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int, region: Region | None = None
+    ) -> "PatchFeatures":
+        """From good images, uint8 or float in [0, 1], whose principal components become the filters. Of a region the
+        cells that touch it are described.
+        """
+        grids = cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes)
+        filters = tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
+                        for scale in scoring.distribution_scales)
+        return cls(scoring.distribution_scales, grids, filters,
+                   None if region is None else tuple(region.cells(grid) for grid in grids))
 
     def __call__(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
@@ -69,12 +77,17 @@ class PatchFeatures:
         """Of images and their repaired images in [0, 1], at each scale over each grid, both descriptions; with None the
         photos alone are described.
         """
-        return [each for scale, filters in zip(self.scales, self.filters, strict=True)
-                for each in _features(photos, repaired, filters, scale, self.grids)]
+        found = [each for scale, filters in zip(self.scales, self.filters, strict=True)
+                 for each in _features(photos, repaired, filters, scale, self.grids)]
+        if self.cells is None:
+            return found
+        of_each = [cells for cells in self.cells for _ in FEATURES_OF_A_FILTER] * len(self.scales)
+        return [each.index_select(0, cells.kept) for each, cells in zip(found, of_each, strict=True)]
 
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on a device."""
-        return replace(self, filters=tuple(each.to(device) for each in self.filters))
+        cells = None if self.cells is None else tuple(each.to(device) for each in self.cells)
+        return replace(self, filters=tuple(each.to(device) for each in self.filters), cells=cells)
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,10 @@ class PatchDistribution:
         found = [part.distances(each).log1p() for part, each in zip(self.parts, features, strict=True)]
         num_grids = len(self.describe.grids)
         over = [first + second for first, second in zip(found[::2], found[1::2], strict=True)]  # both descriptions
-        maps = [torch.stack(over[index::num_grids]).sum(0).T.unflatten(1, grid)[:, None]
-                for index, grid in enumerate(self.describe.grids)]
+        sums = [torch.stack(over[index::num_grids]).sum(0).T for index in range(num_grids)]  # (B, cells) each
+        if self.describe.cells is not None:  # a cell outside is as its neighbour: at the border nothing is diluted
+            sums = [each.index_select(1, cells.nearest) for each, cells in zip(sums, self.describe.cells, strict=True)]
+        maps = [each.unflatten(1, grid)[:, None] for each, grid in zip(sums, self.describe.grids, strict=True)]
         return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
                             for each in maps]).sum(0)
 

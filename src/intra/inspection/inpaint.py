@@ -30,10 +30,12 @@ class Hiding:
     cells: tuple[Bool[Tensor, "1 sets h w"], ...] = ()  # RIAD's, of each size
 
     @classmethod
-    def of(cls, model_config: ModelConfig, lattice: int) -> "Hiding":
-        """What these settings hide, always the same, so that an image always gets the same score."""
+    def of(cls, model_config: ModelConfig, lattice: int, wanted: Bool[Tensor, " patches"] | None = None) -> "Hiding":
+        """What these settings hide, always the same, so that an image always gets the same score; of the transformer's
+        patches the wanted ones.
+        """
         if model_config.network == "intra":
-            positions, hidden = covering_windows(model_config.grid, model_config.window_size, lattice)
+            positions, hidden = covering_windows(model_config.grid, model_config.window_size, lattice, wanted)
             return cls(positions, hidden, hidden.flatten().nonzero()[:, 0])
         if model_config.network == "autoencoder":
             return cls()
@@ -49,15 +51,16 @@ class Hiding:
 @torch.no_grad()
 def repaired_views(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, model_config: ModelConfig, lattice: int,
-    hiding: Hiding | None = None,
+    hiding: Hiding | None = None, wanted: Bool[Tensor, " patches"] | None = None,
 ) -> list[Float[Tensor, "b c h w"]]:  # fmt: skip
     """The repaired images, pixels about [0, 1] (not clamped): one view of them, from RIAD one for each cell size.
 
+    The transformer inpaints the wanted patches alone, None: all of them; the others stay the photo's own.
     With `hiding` (that of these settings) no shape depends on a value or on the number of images: for tracing.
     """
     if model_config.network == "intra":
         return [inpaint(model, images, patch_size=model_config.patch_size, window_size=model_config.window_size,
-                        lattice=lattice, hiding=hiding)]
+                        lattice=lattice, hiding=hiding, wanted=wanted)]
     if model_config.network == "autoencoder":
         return [model(images).to(images.dtype)]
     if model_config.network == "riad":
@@ -76,9 +79,9 @@ def log_odds(model: nn.Module, images: Float[Tensor, "b c h w"]) -> Float[Tensor
 @torch.no_grad()
 def inpaint(
     model: nn.Module, images: Float[Tensor, "b c h w"], *, patch_size: int, window_size: int | None, lattice: int,
-    hiding: Hiding | None = None,
+    hiding: Hiding | None = None, wanted: Bool[Tensor, " patches"] | None = None,
 ) -> Float[Tensor, "b c h w"]:  # fmt: skip
-    """The repaired images, pixels about [0, 1] (not clamped).
+    """The repaired images, pixels about [0, 1] (not clamped); patches that are not wanted stay the photo's own.
 
     With a window size, each patch is inpainted from its most central window (section 3.3 of the paper); with None, from
     the whole grid, `lattice`² passes an image. Windows of several images run as one batch: as many as are quick, or
@@ -86,7 +89,7 @@ def inpaint(
     """
     grid = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     patches = patchify(images, patch_size)  # (B, N, P)
-    repaired = torch.empty_like(patches)
+    repaired = patches.clone()
     if hiding is not None:
         assert hiding.positions is not None and hiding.hidden is not None and hiding.places is not None
         pairs = torch.arange(images.shape[0] * len(hiding.positions), device=images.device)  # of an image and a window
@@ -94,7 +97,7 @@ def inpaint(
         places = (first[:, None] + hiding.places).flatten()
         _inpaint_pairs(model, patches, repaired, pairs, hiding.positions, hiding.hidden, places)
         return unpatchify(repaired, grid, images.shape[1])
-    positions, hidden = (part.to(images.device) for part in covering_windows(grid, window_size, lattice))
+    positions, hidden = (part.to(images.device) for part in covering_windows(grid, window_size, lattice, wanted))
     batch = max(1, TOKENS_PER_BATCH.get(images.device.type, TOKENS_PER_BATCH["cuda"]) // positions.shape[1])
 
     def work(start: int, stop: int) -> None:

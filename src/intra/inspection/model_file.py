@@ -25,15 +25,18 @@ from intra.inspection.distribution import (
     PatchFeatures,
     cell_grids,
 )
+from intra.inspection.region import Region
 from intra.inspection.setup import Setup
 
-__all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "SETUP_TENSORS", "check_content", "content_digest",
-           "model_file", "read_model", "stored_distribution", "stored_setup", "write_model"]
+__all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSORS", "SETUP_TENSORS", "check_content",
+           "content_digest", "model_file", "read_model", "stored_distribution", "stored_region", "stored_setup",
+           "write_model"]
 
 FORMAT_VERSION = 5  # other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale, grid and description
 SETUP_TENSORS = ("mean", "centre", "spread")
+REGION_TENSORS = ("inside", "fill")
 
 
 def model_file(path: Path) -> Path:
@@ -76,17 +79,35 @@ def write_model(file: Path, info: dict[str, Any], tensors: dict[str, Tensor]) ->
     write_atomically(file, save(tensors, metadata={"intra": json.dumps(envelope)}))
 
 
-def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDistribution | None:
+def stored_region(config: Config, tensors: dict[str, Tensor]) -> Region | None:
+    """Takes the region of interest out of a model file's tensors: there is one if the config has a box. Raises
+    ValueError where it does not fit the config.
+    """
+    if config.data.box is None:
+        return None
+    inside, fill = (tensors.pop(f"roi.{name}") for name in REGION_TENSORS)
+    size = config.model.image_size
+    if inside.shape != size or fill.shape != (config.model.channels, *size) or (
+            inside.dtype != torch.bool or fill.dtype != torch.uint8 or not inside.any()):
+        raise ValueError("a region of interest that is empty, or of another size than the image")
+    return Region(inside, fill)
+
+
+def stored_distribution(
+    config: Config, tensors: dict[str, Tensor], region: Region | None
+) -> PatchDistribution | None:
     """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config."""
     scoring, model = config.scoring, config.model
     if not scoring.distribution_weight:
         return None
     grids = cell_grids(model.image_size, scoring.cell_sizes)
+    cells = None if region is None else tuple(region.cells(grid) for grid in grids)
+    counts = [rows * cols for rows, cols in grids] if cells is None else [len(each.kept) for each in cells]
     filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
     parts: list[CellDistribution] = []
-    for each, (num_rows, num_cols), num_features in itertools.product(filters, grids, FEATURES_OF_A_FILTER):
+    for each, places, num_features in itertools.product(filters, counts, FEATURES_OF_A_FILTER):
         part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
-        places, width = num_rows * num_cols, num_features * len(each)
+        width = num_features * len(each)
         if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
                 part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):
@@ -94,7 +115,7 @@ def stored_distribution(config: Config, tensors: dict[str, Tensor]) -> PatchDist
         if not _are_sound([each, part.mean, part.std, part.modes, part.whitening]) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
-    return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters)), tuple(parts))
+    return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells), tuple(parts))
 
 
 def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:

@@ -66,12 +66,13 @@ def calibrate(
     prepared: list[torch.Tensor] = []
     alarms: Counter[str] = Counter()
     size, channels = detector.config.model.image_size, detector.config.model.channels
+    box = detector.config.data.box
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
         arrays = [read_image(path) for path in pictures[start : start + IMAGES_PER_BATCH]]
         for found in detector.predictions(arrays):
             scores.append(found.score)
             alarms.update([found.setup_reason] if found.setup_alarm else [])
-        prepared += [prepare(array, size=size, channels=channels) for array in arrays]
+        prepared += [prepare(array, size=size, channels=channels, box=box) for array in arrays]
         if on_progress:
             on_progress(len(scores), len(pictures))
     rate = detector.calibration.asked_rate if false_reject_rate is None else false_reject_rate
@@ -83,7 +84,8 @@ def calibrate(
     Detector(
         detector.model, detector.config, reference=detector.reference, held_out_scores=scores,
         provenance=detector.provenance | {"calibrated": record}, distribution=detector.distribution,
-        setup=Setup.of(_stacked(prepared)) if is_enough else detector.setup, threshold=threshold, device=device,
+        setup=Setup.of(_stacked(prepared)) if is_enough else detector.setup, region=detector.region,
+        threshold=threshold, device=device,
     ).save(target)  # fmt: skip
     return Recalibrated(target, threshold, duplicates, alarms, is_enough)
 

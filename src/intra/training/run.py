@@ -4,36 +4,37 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 import intra
 from intra.config import Config, preset
 from intra.data.cache import cached_set
 from intra.data.files import remove_leftovers
 from intra.data.folder import Category, find_category, fingerprints_of, require_enough
-from intra.data.images import auto_channels, auto_image_size, read_info, to_unit
+from intra.data.images import auto_channels, auto_image_size, box_slices, read_info
+from intra.data.roi import ROI_FILE, check_roi, read_roi, roi_box, roi_digest, save_roi
 from intra.errors import InTraError
 from intra.geometry import patchify
-from intra.inspection.anomaly import Evidence, evidence_kinds
-from intra.inspection.calibration import LEAST_HELD_OUT, calibrate
-from intra.inspection.detector import Detector, refuse_exported, repair
-from intra.inspection.device import in_chunks, pick_device, uses_bf16
-from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
+from intra.inspection.calibration import LEAST_HELD_OUT
+from intra.inspection.detector import Detector, refuse_exported
+from intra.inspection.device import pick_device, uses_bf16
 from intra.inspection.model_file import MODEL_FILE
-from intra.inspection.setup import LEAST_GOOD, Setup
+from intra.inspection.region import Region
 from intra.models import InTra, build
 from intra.provenance import code_sha256
+from intra.training.calibrated import calibrated
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
-from intra.training.engine import IMAGES_PER_CHUNK, Budget, Report, fit
+from intra.training.engine import Budget, Report, fit
 from intra.training.sampler import WindowSampler, allowed_symmetries, mean_image
 
 __all__ = ["Run", "recalibrate", "train"]
@@ -67,6 +68,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     resume: bool = False,
     settings: Mapping[str, str] | None = None,
     normal: str | Path | None = None,
+    roi: str | Path | None = None,
     on_report: Callable[[Report], None] | None = None,
     on_calibration: Callable[[int, int], None] | None = None,
 ) -> Run:
@@ -81,6 +83,8 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         seed: the same seed on the same machine gives the same weights (with a budget in steps or epochs).
         resume: go on from `out`/last.ckpt where there is one; preset, seed and settings are then those of the run.
         settings: replaces single settings by text, `{"train.batch_size": "16"}`.
+        roi: an image file, not 0 where photos are to be inspected, of any size and of their aspect ratio: the region of
+            interest. It is kept in `out`/roi.png; a resumed run takes it from there.
         on_report: called about twice a second while training.
         on_calibration: called afterwards with the number of good images inspected for reference and threshold, and
             of all.
@@ -100,24 +104,33 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         raise InTraError(f"the seed is {seed}; it must lie between 0 and {2**31 - 1}")
     chosen = pick_device(device)
     wanted = _wanted(preset, image_size, settings)
+    if roi is None and resume and (out / ROI_FILE).is_file() and (stored is None or "roi" in stored):
+        roi = out / ROI_FILE
+    mask = None if roi is None else read_roi(roi)
     remove_leftovers(out)
     fingerprints = fingerprints_of(category)
     if stored is None:
-        config = _resolve(wanted, category)
+        config = _resolve(wanted, category, mask)
     else:
-        config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, out)
+        config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, mask,
+                                out)
     training, validation = (images.to(chosen) for images in _read_split(category, config, seed, fingerprints))
-    sampler = _sampler(training, config, seed)
+    region = None if mask is None else _region(mask, config, training)
+    shown, shown_held_out = (images if region is None else region.shown(images) for images in (training, validation))
+    sampler = _sampler(shown, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(config.model)
     if config.model.mean_start and stored is None:
-        mean = patchify(mean_image(training)[None], config.model.patch_size)[0]
+        mean = patchify(mean_image(shown)[None], config.model.patch_size)[0]
         cast(InTra, model).start_from(mean.cpu())
     budget = _budget(config, minutes, epochs, steps, sampler.steps_per_epoch, stored)
     identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
+    if mask is not None:
+        identity["roi"] = roi_digest(mask)
+        save_roi(mask, out / ROI_FILE)
     fitted = fit(
-        model, sampler, validation, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
+        model, sampler, shown_held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
         budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
         resume=stored is not None, on_report=on_report,
     )  # fmt: skip
@@ -129,7 +142,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         "num_train": len(training), "num_validation": len(validation), "training_images": fingerprints,
         "symmetries": sampler.symmetries.int().tolist(), "pretrained_weights": None,
     }  # fmt: skip
-    detector = _calibrated(model, config, training, validation, provenance, chosen, on_calibration)
+    detector = calibrated(model, config, training, validation, provenance, chosen, on_calibration, region)
     detector.save(out / MODEL_FILE)
     if fitted.diverged:
         raise InTraError(f"{fitted.diverged}. {out / MODEL_FILE} holds the best weights before it, of step "
@@ -180,7 +193,8 @@ def recalibrate(
         category, config, known["seed"], known["training_images"]))
     provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
                                            "intra": intra.__version__, "settings": dict(settings)}}
-    _calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration).save(target)
+    calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration,
+               loaded.region).save(target)
     best_loss = known["best_validation_loss"]
     return Run(Path(out), target, math.inf if best_loss is None else best_loss, known["steps"], known["elapsed_s"],
                interrupted=False)
@@ -200,14 +214,20 @@ def _wanted(name: str | None, image_size: str | int | tuple[int, int] | None, se
     return config.with_settings(changed)
 
 
-def _resolve(config: Config, category: Category) -> Config:
-    """The config with every "auto" about the data decided, from the files' headers alone."""
+def _resolve(config: Config, category: Category, mask: Bool[np.ndarray, "h w"] | None) -> Config:
+    """The config with every "auto" about the data decided, from the files' headers and the region of interest alone."""
     infos = [read_info(path) for path in category.train]
+    sizes = [info.size for info in infos]
+    if mask is not None:
+        check_roi(mask, sizes)
+        box = roi_box(mask)
+        config = replace(config, data=replace(config.data, box=box))
+        sizes = [(rows.stop - rows.start, cols.stop - cols.start)
+                 for rows, cols in (box_slices(each, box) for each in sizes)]
     patch_size = config.model.patch_size
     size = config.data.image_size
     if size == "auto":
-        size = auto_image_size([info.size for info in infos], patch_size=patch_size,
-                               window_size=config.model.window_size)
+        size = auto_image_size(sizes, patch_size=patch_size, window_size=config.model.window_size)
     if size[0] % patch_size or size[1] % patch_size:
         raise InTraError(f"--image-size is {size[0]}x{size[1]} px; both sides must be multiples of the patch, "
                          f"{patch_size} px, e.g. {_nearby(size[0], patch_size)}x{_nearby(size[1], patch_size)}")
@@ -225,18 +245,24 @@ def _nearby(side: int, patch_size: int) -> int:
 
 
 def _resumed(
-    stored: Mapping[str, Any], wanted: Config | None, seed: int, fingerprints: Mapping[str, str], out: Path
-) -> tuple[Config, int]:
+    stored: Mapping[str, Any], wanted: Config | None, seed: int, fingerprints: Mapping[str, str],
+    mask: Bool[np.ndarray, "h w"] | None, out: Path,
+) -> tuple[Config, int]:  # fmt: skip
     """The stored config and seed. Raises InTraError where the call asks for something else."""
     config = Config.from_dict(stored["config"])
     if stored["training_images"] != dict(fingerprints):
         raise InTraError(f"the images are no longer those with which {out} was begun; put them back, or train anew "
                          "into another --out")
     if wanted is not None:
-        asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels))
+        asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels),
+                        data=replace(wanted.data, box=config.data.box))
         if asked != config:
             raise InTraError(f"{out} was begun with other settings; resume without --preset, --image-size and --set, "
                              "or train anew into another --out")
+    if stored.get("roi") != (None if mask is None else roi_digest(mask)):
+        begun = "another region of interest" if stored.get("roi") else "no region of interest"
+        raise InTraError(f"{out} was begun with {begun}; resume without --roi and with {ROI_FILE} as it was, or train "
+                         "anew into another --out")
     if seed not in (0, stored["seed"]):
         raise InTraError(f"{out} was begun with seed {stored['seed']}, not {seed}; resume without --seed")
     return config, int(stored["seed"])
@@ -247,12 +273,19 @@ def _read_split(
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
     """The good images that train, and those held out. Raises InTraError if there are too few for the settings."""
     images = cached_set(category.train, fingerprints.values(), size=config.model.image_size,
-                        channels=config.model.channels)
+                        channels=config.model.channels, box=config.data.box)
     train_index, validation_index = _split(len(images), config, seed)
     if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
         raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
                          f"{len(validation_index)}; give more photos, or set a larger data.validation_fraction")
     return images[train_index], images[validation_index]
+
+
+def _region(mask: Bool[np.ndarray, "h w"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:
+    """The region that a mask marks in the images that were cut out of the photos."""
+    assert config.data.box is not None, "a mask has a box"
+    part = mask[box_slices((mask.shape[0], mask.shape[1]), config.data.box)]
+    return Region.of(part, mean_image(training))
 
 
 def _split(count: int, config: Config, seed: int) -> tuple[Tensor, Tensor]:
@@ -305,81 +338,6 @@ def _fabric(device: torch.device, config: Config) -> Fabric:
     bf16 = uses_bf16(device, config.train.precision)
     return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1,
                   precision="bf16-mixed" if bf16 else "32-true")
-
-
-def _calibrated(
-    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
-    provenance: dict[str, Any], device: torch.device, on_calibration: Callable[[int, int], None] | None,
-) -> Detector:  # fmt: skip
-    """The detector with what good images are like, and its threshold, from training and held-out images."""
-    model = model.to(device).eval()
-    scoring = config.scoring
-    kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)
-    describe = (PatchFeatures.of(training, scoring=scoring, seed=provenance["seed"]) if "distribution" in kinds
-                else None)
-    (trained_on, seen), (held_out, unseen) = _examined(model, config, training, validation, kinds, describe,
-                                                       on_calibration)
-    good = GoodPatches(describe, seen, num_modes=scoring.num_modes) if describe else None
-
-    def fitted(places: list[int]) -> PatchDistribution | None:
-        """The distribution, held against the held-out images at these places."""
-        return good.fitted([each[..., places] for each in unseen]) if good else None
-
-    def evidence(distribution: PatchDistribution | None) -> Tensor:
-        """Of the held-out images; the distribution's as the last."""
-        if distribution is None:
-            return held_out
-        found = distribution.evidence_of(unseen, config.model.image_size).cpu()
-        return torch.cat([held_out, found[:, None]], dim=1)
-
-    distribution = fitted(list(range(len(held_out))))
-    reference, scores = calibrate(evidence(distribution), trained_on if scoring.reference == "training" else None,
-                                  kinds=kinds, scoring=scoring,
-                                  refit=(lambda places: evidence(fitted(places))) if good else None)
-    everything = torch.cat([training, validation])  # the network has no part in it: all good images count
-    setup = Setup.of(everything) if len(everything) >= LEAST_GOOD else None
-    return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
-                    distribution=distribution, setup=setup, device=str(device))
-
-
-def _examined(
-    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
-    kinds: Sequence[Evidence], describe: PatchFeatures | None, on_calibration: Callable[[int, int], None] | None,
-) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:  # fmt: skip
-    """Of training and of held-out images the evidence without the distribution's, and the distribution's features."""
-    scoring = config.scoring
-    learns = describe is not None or scoring.reference == "training"
-    count = min(len(training), scoring.max_reference_images or len(training)) if learns else 0
-    chosen = torch.linspace(0, len(training) - 1, count).round().long()
-    total = count + len(validation)
-
-    def examined(images: Tensor, num_before: int) -> tuple[Tensor, list[Tensor]]:
-        found = [torch.zeros(0, len(kinds) - (describe is not None), *images.shape[-2:])]
-        features: list[list[Tensor]] = []
-        for photos, repaired, evidence in _inspected(model, config, kinds, on_calibration, images, num_before, total):
-            found.append(evidence.cpu())
-            if describe:
-                features.append(describe(photos, repaired))
-        return torch.cat(found), [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
-
-    return examined(training[chosen.to(training.device)], 0), examined(validation, count)
-
-
-def _inspected(
-    model: nn.Module, config: Config, kinds: Sequence[Evidence], on_calibration: Callable[[int, int], None] | None,
-    images: Shaped[Tensor, "n c h w"], num_before: int, total: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Chunk by chunk the photos, their repaired images, and all evidence but the distribution's. Tells of progress."""
-
-    def work(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        photos = to_unit(images[start:stop])
-        return photos, *repair(model, photos, model_config=config.model, scoring=config.scoring, kinds=kinds)
-
-    for chunk in in_chunks(work, len(images), IMAGES_PER_CHUNK):
-        num_before += len(chunk[0])
-        yield chunk
-        if on_calibration:
-            on_calibration(num_before, total)
 
 
 def _software(device: torch.device) -> dict[str, str]:

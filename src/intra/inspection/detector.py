@@ -232,7 +232,7 @@ class Detector:
         check: SetupCheck | None,
     ) -> Prediction:  # fmt: skip
         photo_size = array.shape[0], array.shape[1]
-        where = box_slices(photo_size, self.config.data.box or (0, 0, 1, 1))
+        where = box_slices(photo_size, self.config.data.box or (0.0, 0.0, 1.0, 1.0))
         size = where[0].stop - where[0].start, where[1].stop - where[1].start
         large_map = _resize(small_map[None], size)[0].numpy()
         inside = self.region.at(size) if self.region else None

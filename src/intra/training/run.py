@@ -281,7 +281,7 @@ def _read_split(
     return images[train_index], images[validation_index]
 
 
-def _region(mask: Bool[np.ndarray, "h w"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:
+def _region(mask: Bool[np.ndarray, "i j"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:
     """The region that a mask marks in the images that were cut out of the photos."""
     assert config.data.box is not None, "a mask has a box"
     part = mask[box_slices((mask.shape[0], mask.shape[1]), config.data.box)]

@@ -13,27 +13,24 @@ import argparse
 import io
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
-from speed import counted, detector_of, hardware, photos, resolved, synchronised, training_step
+from speed import alone, counted, detector_of, hardware, photos, resolved, synchronised, training_step
 
 from intra.data.files import write_atomically
 from intra.evaluation.evaluate import peak_memory_mib
 from intra.inspection.detector import Detector
+from intra.inspection.model_file import MODEL_FILE
 from intra.training.run import train
 
-Row = TypeVar("Row")
 REPEATS = 5
 STEPS = 6  # of a training: reports come twice a second
 PHOTO_SIDE = 1024  # px of the training photos on the disk
@@ -83,7 +80,7 @@ def size(side: int, channels: int) -> Size:
 def _size_of(detector: Detector) -> float:
     """MiB of the model file."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.safetensors"
+        file = Path(folder) / MODEL_FILE
         detector.save(file)
         return file.stat().st_size / 2**20
 
@@ -103,7 +100,7 @@ def many(count: int) -> Photos:
                         on_calibration=lambda *_, marks=marks: marks.setdefault("calibrates", time.perf_counter()))
             starts.append(marks["started"] - begun)
             calibrations.append(time.perf_counter() - marks["calibrates"])
-        file = run.path / "model.safetensors"
+        file = run.path / MODEL_FILE
         return Photos(count, starts[0], starts[1], min(calibrations), file.stat().st_size / 2**20,
                       peak_memory_mib() or math.nan)
 
@@ -148,19 +145,11 @@ def main() -> None:
     sides, channels, images = (list(map(int, text.split(",")))
                                for text in (arguments.sides, arguments.channels, arguments.images))
     cases = [(side, 3) for side in sides] + [(256, each) for each in channels if each != 3]
-    sizes, counts = [_alone(size, *case) for case in cases], [_alone(many, count) for count in images]
+    sizes, counts = [alone(size, *case) for case in cases], [alone(many, count) for count in images]
     content = {"hardware": hardware("cpu"), "photo_side_px": PHOTO_SIDE,
                "sizes": [asdict(each) for each in sizes], "photos": [asdict(each) for each in counts]}
     write_atomically(arguments.out / "growth.json", json.dumps(content, indent=2) + "\n")
     write_atomically(arguments.out / "table.md", table(sizes, counts) + "\n")
-
-
-def _alone(work: Callable[..., Row], *values: int) -> Row:
-    """The row, measured in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(work, values)
-    print(found, flush=True)
-    return found
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from intra.provenance import commit_of_the_code, processor
 from intra.training.engine import _optimizer, _step
 from intra.training.run import _fabric, _sampler
 
+Measured = TypeVar("Measured")
 SIDE = 256  # px
 NUM_PHOTOS = 16
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices whose product says what the machine can do
@@ -216,6 +217,12 @@ def falls(rows: list[Row], before: dict[str, Any]) -> list[str]:
             and each.share_of_peak < (1 - WORST_FALL) * old[each.name].share_of_peak]
 
 
+def alone(work: Callable[..., Measured], *values: object) -> Measured:
+    """What it measures in a process of its own, whose memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, values)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -234,8 +241,7 @@ def main() -> int:
             cases = [("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
         for task, way, batch in cases:
             repeats = 1 if slow and way == "as shipped" else arguments.repeats
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # its own memory
-                rows.append(pool.apply(row, (task, name, way, batch, arguments.device, repeats)))
+            rows.append(alone(row, task, name, way, batch, arguments.device, repeats))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     content = {"hardware": hardware(arguments.device), "side_px": SIDE, "rows": [asdict(each) for each in rows]}
     write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")

@@ -3,11 +3,10 @@
 The paper describes photo and repaired image at a place by one number, their difference, and takes off its mean over
 good images. Here two short vectors say what the photo holds and how much of it the repaired image changes, and their
 means *and covariances* over good images are kept for every place: which changes go together, and which never happen, is
-known from good images alone. A Gaussian of features at
-each place is PaDiM's (Defard et al. 2021), there of a pretrained network's features; ours are principal components of
-the photos themselves. What all places do together from one good image to the next – light, exposure, contrast, pose –
-is taken off before: a place is judged given its image. docs/decisions/0009-distribution.md, 0013-modes.md,
-0014-energies.md
+known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
+pretrained network's features; ours are principal components of the photos themselves. What all places do together from
+one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
+docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.region import Cells, Region
+from intra.inspection.region import Cells, Region, cells_of
 from intra.similarity import reduced
 
 __all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures",
@@ -68,8 +67,7 @@ class PatchFeatures:
         grids = cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes)
         filters = tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
                         for scale in scoring.distribution_scales)
-        return cls(scoring.distribution_scales, grids, filters,
-                   None if region is None else tuple(region.cells(grid) for grid in grids))
+        return cls(scoring.distribution_scales, grids, filters, cells_of(region, grids))
 
     def __call__(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None

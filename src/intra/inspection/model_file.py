@@ -25,7 +25,7 @@ from intra.inspection.distribution import (
     PatchFeatures,
     cell_grids,
 )
-from intra.inspection.region import Region
+from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup
 
 __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSORS", "SETUP_TENSORS", "check_content",
@@ -101,7 +101,7 @@ def stored_distribution(
     if not scoring.distribution_weight:
         return None
     grids = cell_grids(model.image_size, scoring.cell_sizes)
-    cells = None if region is None else tuple(region.cells(grid) for grid in grids)
+    cells = cells_of(region, grids)
     counts = [rows * cols for rows, cols in grids] if cells is None else [len(each.kept) for each in cells]
     filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
     parts: list[CellDistribution] = []

@@ -5,6 +5,7 @@ show the mean of the training photos in place of the photo's own: neither the ne
 that reaches over the region's border, nor what all places do together then depends on them. docs/decisions/0015-roi.md
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from intra.data.images import to_unit
 from intra.errors import InTraError
 
-__all__ = ["Cells", "Region"]
+__all__ = ["Cells", "Region", "cells_of"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,8 @@ class Region:
     def to(self, device: torch.device) -> "Region":
         """The same on a device."""
         return Region(self.inside.to(device), self.fill.to(device))
+
+
+def cells_of(region: Region | None, grids: Sequence[tuple[int, int]]) -> tuple[Cells, ...] | None:
+    """Of each grid the cells that touch a region; None without one: all."""
+    return None if region is None else tuple(region.cells(grid) for grid in grids)

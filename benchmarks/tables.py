@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/tables.py --check    # exit 1 if a document says anything else
 
 A table stands between `<!-- table: benchmarks/results/NAME -->` and `<!-- end of table -->`, each on a line of its own,
-and shows benchmarks/results/NAME/cells/*.json, or where there are none NAME/table.md, as the script left it.
+and shows benchmarks/results/NAME/cells/*.json, or where there are none NAME/table.md, as the script left it. Of many
+methods `<!-- table: benchmarks/results/NAME of METHOD, METHOD -->` shows some, in that order.
 """
 
 import argparse
@@ -27,11 +28,13 @@ def filled(document: str, root: Path) -> str:
         raise InTraError(f"{num_marks[0]} tables begin and {num_marks[1]} end; each needs both marks, on own lines")
 
     def table(match: re.Match[str]) -> str:
-        cells, ready = root / match[1] / "cells", root / match[1] / "table.md"
+        folder, _, names = match[1].partition(" of ")
+        cells, ready = root / folder / "cells", root / folder / "table.md"
         is_measured = bool(list(cells.glob("*.json")))
-        if not match[1].startswith("benchmarks/results/") or not (is_measured or ready.exists()):
+        if not folder.startswith("benchmarks/results/") or not (is_measured or ready.exists()):
             raise InTraError(f"no cells in {cells}; expected a table of benchmarks/results/NAME")
-        text = markdown(table_of(cells)) if is_measured else ready.read_text(encoding="utf-8")
+        wanted = names.split(", ") if names else None
+        text = markdown(table_of(cells, wanted)) if is_measured else ready.read_text(encoding="utf-8")
         return f"<!-- table: {match[1]} -->\n\n{text}\n{END}"
 
     return BLOCK.sub(table, document)

@@ -240,6 +240,15 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         assert note in text
 
 
+def test_a_table_of_some_methods_keeps_their_order(tmp_path):
+    for method in ("a", "b", "c"):
+        write_cell(tmp_path, method, "bottle", 0, 0.5)
+    table = table_of(tmp_path, ["c", "a"])
+    assert [row.method for row in table.rows] == ["c", "a"]
+    with pytest.raises(InTraError, match="no cell of d; it has a, b, c"):
+        table_of(tmp_path, ["d"])
+
+
 def test_damaged_cells_are_refused_and_none_make_an_empty_table(tmp_path):
     assert table_of(tmp_path).rows == ()
     write_cell(tmp_path, "fast", "bottle", 0, 0.5)
@@ -277,6 +286,10 @@ def test_a_typed_figure_is_caught(tmp_path):
     assert tables("--root", tmp_path, "--check").returncode == 0
     readme.write_text(readme.read_text().replace("98.7", "99.7"))
     assert tables("--root", tmp_path, "--check").returncode == 1
+    write_cell(tmp_path / "benchmarks/results/two/cells", "slow", "bottle", 0, 0.5)
+    readme.write_text("<!-- table: benchmarks/results/two of slow -->\n<!-- end of table -->\n")
+    assert tables("--root", tmp_path).returncode == 0
+    assert "| slow |" in readme.read_text() and "| fast |" not in readme.read_text()
     start = "<!-- table: benchmarks/results/"
     for wrong in (f"{start}two -->\n", f"{start}none -->\n<!-- end of table -->\n"):
         readme.write_text(wrong)

@@ -77,14 +77,19 @@ def read_cell(path: Path) -> dict[str, Any]:
     return dict(cell)
 
 
-def table_of(folder: str | Path) -> Table:
-    """The table of the cells in a folder, methods and categories by name; of no cells if it is empty or not there.
+def table_of(folder: str | Path, wanted: Sequence[str] | None = None) -> Table:
+    """The table of the cells in a folder, categories and methods by name, or the wanted methods in that order; of no
+    cells if it is empty or not there.
 
-    Raises InTraError if a file in it is damaged.
+    Raises InTraError if a file in it is damaged, or a wanted method has no cell.
     """
     cells = [read_cell(path) for path in sorted(Path(folder).glob("*.json"))]
-    categories = tuple(sorted({cell["category"] for cell in cells}))
     methods = sorted({cell["method"] for cell in cells})
+    if wanted is not None:
+        if missing := [name for name in wanted if name not in methods]:
+            raise InTraError(f"{folder} has no cell of {', '.join(missing)}; it has {', '.join(methods) or 'none'}")
+        methods, cells = list(wanted), [cell for cell in cells if cell["method"] in wanted]
+    categories = tuple(sorted({cell["category"] for cell in cells}))
     rows = tuple(_row(method, [cell for cell in cells if cell["method"] == method], categories) for method in methods)
     return Table(categories, rows, _paper_row(categories), (*_notes(cells), *_missing(rows, categories), PAPER_NOTE))
 

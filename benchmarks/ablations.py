@@ -1,0 +1,85 @@
+"""What each part of the method is worth: the paper's ablations, and those that it lacks.
+
+    python benchmarks/ablations.py DATA/bottle DATA/transistor --out benchmarks/results/ablations [--seeds 0,1,2]
+    python benchmarks/ablations.py --methods    # the list, without measuring
+
+Every method is the preset `fast` with the settings below, and the same minutes of training. All but the table of
+scorings look at the plain difference of photo and repaired image (the deviation of 1 − GMS), as the paper does: the
+default's distribution also sees the photo itself, and would hide what the network is worth. Goes on where it was
+stopped, as `intra benchmark` does. docs/results.md shows the tables.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from intra.evaluation.benchmark import Event, benchmark
+
+MINUTES = 0.75
+DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
+WINDOW = {"train.hidden_fraction": "none", "model.conditional_positions": "on"}
+NETWORKS: dict[str, dict[str, str]] = {
+    "base": {},
+    "msa": {"model.attention": "msa"},
+    "no_long_residuals": {"model.long_residuals": "off"},
+    "no_convolutions": {"model.conditional_positions": "off"},
+    "zero_start": {"model.mean_start": "off"},
+    # windows hide one patch; as many a step as hold the tokens of eight whole grids
+    **{f"window_{side}": WINDOW | {"model.window_size": str(side), "train.batch_size": str(8 * 256 // side**2)}
+       for side in (3, 5, 7, 9)},
+    "lattice_3": {"scoring.lattice": "3"},
+    "lattice_4": {"scoring.lattice": "4"},
+    "hidden_one": {"train.hidden_fraction": "none"},
+    "hidden_0.25": {"train.hidden_fraction": "0.25,0.25"},
+    "hidden_0.5": {"train.hidden_fraction": "0.5,0.5"},
+    "l2": {"train.gms_weight": "0", "train.ssim_weight": "0"},
+    "l2_gms": {"train.ssim_weight": "0"},
+    "l2_ssim": {"train.gms_weight": "0"},
+    "side_128": {"data.image_size": "128,128", "train.batch_size": "32"},
+    "side_384": {"data.image_size": "384,384", "train.batch_size": "4"},
+}
+SCORINGS: dict[str, dict[str, str]] = {
+    "scales_1": {"scoring.scales": "1"},
+    "scales_1_2_4": {"scoring.scales": "1,2,4"},
+    "scales_2_4": {"scoring.scales": "2,4"},
+    "scales_4_8": {"scoring.scales": "4,8"},
+    "blur_1": {"scoring.blur_size": "1"},
+    "blur_11": {"scoring.blur_size": "11"},
+    "blur_21": {"scoring.blur_size": "21"},
+    "clipped": {"scoring.deviation": "clipped"},
+    "no_mean": {"scoring.deviation": "none", "scoring.spread": "off"},
+    "no_spread": {"scoring.spread": "off"},
+    "ssim": {"scoring.difference": "ssim"},
+    "squared_difference": {"scoring.difference": "squared"},
+}
+
+
+def methods() -> list[str]:
+    """As `intra benchmark --method` takes them."""
+    found = {name: settings | DIFFERENCE for name, settings in (NETWORKS | SCORINGS).items()}
+    found |= {"distribution": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
+    return [" ".join([f"{name}:", "fast", *(f"{key}={value}" for key, value in settings.items())])
+            for name, settings in found.items()]
+
+
+def tell(event: Event) -> None:
+    """One line for each cell that has ended."""
+    if event.state != "running":
+        print(f"{event.num_ended}/{event.num_cells} {event.cell} {event.state} {event.text}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="*", metavar="DATA", help="categories in MVTec's layout")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablations"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of training, for each cell")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--methods", action="store_true", help="print them, and end")
+    given = parser.parse_args()
+    if given.methods:
+        print("\n".join(methods()))
+        sys.exit()
+    outcome = benchmark(given.data, out=given.out, methods=methods(), minutes=given.minutes, jobs=given.jobs,
+                        seeds=[int(seed) for seed in given.seeds.split(",")], on_cell=tell)
+    sys.exit(1 if outcome.failed else 0)

@@ -114,6 +114,8 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     categories = find_categories(data, normal=normal)
     for category in categories:  # before hours are spent on the first
         require_enough(category)
+    if roi is not None:
+        _check_region(roi, categories)
     interrupted = False
     for category in categories:
         folder = out / category.name if len(categories) > 1 else out
@@ -304,6 +306,18 @@ def _print_category(category: "Category", summary: "Summary") -> None:
         lines.append("resized for training to {}x{} px".format(*summary.image_size))
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_region(roi: Path, categories: "list[Category]") -> None:
+    """Tells what a region of interest is of each category's photos. Raises InTraError if it does not fit one."""
+    from intra.data.images import read_info
+    from intra.data.roi import check_roi, read_roi, roi_text
+
+    mask = read_roi(roi)
+    for category in categories:
+        sizes = [read_info(path).size for path in category.train]
+        check_roi(mask, sizes)
+        say(make_console(), f"{category.name}: {roi_text(mask, sizes)}")
 
 
 def _train_one(category: "Category", folder: Path, **options: Any) -> bool:

@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import intra
 from intra import cli
 from intra.config import Config, preset
 from intra.data.demo import make_demo
 from intra.data.folder import find_category
-from intra.data.roi import ROI_FILE, read_roi
+from intra.data.roi import ROI_FILE, read_roi, save_roi
 from intra.deploy import export as export_module
 from intra.deploy.export_formats import to_onnx
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
+from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.run import _resolve, recalibrate, train
 
 BOX = (0.125, 0.0625, 0.875, 0.8125)  # of conftest's mask
@@ -198,6 +200,72 @@ def test_evaluate_works_in_a_region(roi_run, photos, roi_mask, tmp_path):
     assert not found[~roi_mask[::2, ::2]].any()
 
 
+def marked(folder: Path, name: str, places: list[tuple[slice, slice]]) -> None:
+    """One defective photo in a category, and its mask: what is marked, not what is seen, counts here."""
+    mask = np.zeros((64, 64), dtype=bool)
+    for place in places:
+        mask[place] = True
+    for parent in ("test", "ground_truth"):
+        (folder / parent / name).mkdir(parents=True)
+    shutil.copy(folder / "test/good/000.png", folder / "test" / name)
+    PIL.Image.fromarray(mask).save(folder / "ground_truth" / name / "000_mask.png")
+
+
+def test_pixel_figures_are_of_the_region_alone(detector, photos, roi_mask, tmp_path):
+    """Outside, all good pixels lie at 0: with them every figure would look better than it is."""
+    gear = tmp_path / "gear"
+    shutil.copytree(photos / "gear/test/good", gear / "test/good")
+    inside = roi_mask[::2, ::2]
+    over_the_border = slice(40, 44), slice(48, 64)  # 4 of 16 columns inside
+    marked(gear, "dent", [(slice(10, 14), slice(6, 12)), over_the_border])
+    marked(gear, "label", [(slice(0, 5), slice(0, 64))])  # beside the region
+    results = intra.evaluate(detector, gear, out=tmp_path / "out", normal="test/good", anomalous="test",
+                             masks="ground_truth")
+    found = {path.relative_to(tmp_path / "out/maps").as_posix(): np.asarray(PIL.Image.open(path))
+             for path in (tmp_path / "out/maps").rglob("*.tiff")}
+    truth = np.zeros((64, 64), dtype=bool)
+    truth[10:14, 6:12] = truth[over_the_border] = True
+    others = np.concatenate([each[inside] for name, each in found.items() if not name.startswith("dent")])
+    values = np.concatenate([found["dent/000.tiff"][inside], others])
+    labels = np.concatenate([truth[inside], np.zeros(len(others), dtype=bool)])
+    assert results["pixel_auroc"] == pytest.approx(roc_auc_score(labels, values))
+    assert results["pixel_ap"] == pytest.approx(average_precision_score(labels, values))
+    assert 0 <= results["pixel_aupro"] <= 1
+    assert results["per_defect"]["label"]["pixel_auroc"] is None
+    assert results["reasons"]["per_defect.label.pixel_auroc"] == (
+        "none of its images has a marked pixel inside the region")
+    assert results["per_defect"]["label"]["image_auroc"] is not None  # a photo whose defect was missed
+    note = next(note for note in results["notes"] if "region" in note)
+    assert note == (f"The pixel figures are of the region of interest alone, {inside.mean():.1%} of the photos. "
+                    "368 of 408 defect pixels lie outside it.")
+
+
+def test_masks_that_may_hold_another_region_are_refused(photos, roi_mask, tmp_path):
+    """The ringing around a JPEG's edges is not 0; a white layer of which the outside was erased is white everywhere."""
+    white = PIL.Image.fromarray(roi_mask.astype(np.uint8) * 255)
+    white.save(tmp_path / "mask.jpg")
+    layer = PIL.Image.new("LA", white.size, 255)
+    layer.putalpha(white)
+    layer.save(tmp_path / "layer.png")
+    white.save(tmp_path / "index.png", transparency=0)
+    for name, match in (("mask.jpg", r"mask\.jpg may be blurred at its border, as by JPEG; .*save it as \.png"),
+                        ("layer.png", r"layer\.png has an alpha channel.*save it without transparency"),
+                        ("index.png", r"index\.png has an alpha channel")):
+        with pytest.raises(InTraError, match=match):
+            train(photos / "gear", tmp_path / "run", steps=1, settings=TINY, roi=tmp_path / name)
+
+
+def test_a_region_of_a_run_before_is_not_taken_for_ones_own(photos, roi_mask, tmp_path):
+    """Without --roi, into the folder of a run whose model and checkpoint were removed."""
+    save_roi(roi_mask, tmp_path / ROI_FILE)
+    run = train(photos / "gear", tmp_path, steps=1, image_size=64, settings=TINY)
+    assert not (tmp_path / ROI_FILE).exists()
+    for left in (run.model_path, tmp_path / CHECKPOINT_FILE):
+        left.unlink()  # as if it had been killed before the first checkpoint
+    assert Detector.load(train(photos / "gear", tmp_path, steps=1, image_size=64, settings=TINY, resume=True).path
+                         ).region is None
+
+
 def test_bad_masks_are_told(photos, tmp_path):
     def refused(mask: np.ndarray, match: str) -> None:
         with pytest.raises(InTraError, match=match):
@@ -234,6 +302,26 @@ def test_on_the_command_line(photos, tmp_path, monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 2
     assert "mask.png is empty" in " ".join(capsys.readouterr().err.split())
+
+
+def test_all_categories_are_checked_before_the_first_trains(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos / "fabric", tmp_path / "data/fabric")
+    (tmp_path / "data/gear/train/good").mkdir(parents=True)
+    for path in (photos / "gear/train/good").iterdir():
+        with PIL.Image.open(path) as picture:
+            picture.crop((0, 0, 64, 48)).save(tmp_path / "data/gear/train/good" / path.name)
+    mask = np.zeros((64, 64))
+    mask[:48, 16:] = 1
+    words = ("intra", "train", tmp_path / "data", "--out", tmp_path / "runs", "--roi", mask_file(tmp_path, mask),
+             "--steps", "1")
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "fabric: region: 56.2 % of the photo, box 48x48 px" in said.out
+    assert "the photos are about 48x64 px" in " ".join(said.err.split())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_damaged_region_is_refused(roi_run, detector, tmp_path):

@@ -9,7 +9,15 @@ from scipy.stats import multivariate_normal
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import SHRINKAGES, GoodPatches, PatchFeatures, _moments, _whitening, cell_grids
+from intra.inspection.distribution import (
+    SHRINKAGES,
+    GoodPatches,
+    PatchFeatures,
+    _moments,
+    _random_pieces,
+    _whitening,
+    cell_grids,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -189,6 +197,16 @@ def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
     evidence = found.evidence(1 - unit, unit)
     assert evidence.shape == (len(unit), *unit.shape[-2:])
     assert evidence.isfinite().all()
+
+
+def test_without_a_region_pieces_are_drawn_from_everywhere():
+    """The same draws as ever, so that a training is the same."""
+    photo = noise(1, 3, 20, 30)
+    found = _random_pieces(photo, 5, torch.Generator().manual_seed(3), None)
+    generator = torch.Generator().manual_seed(3)
+    rows, cols = (torch.randint(side - 7, (5,), generator=generator) for side in (20, 30))
+    for piece, row, col in zip(found, rows, cols, strict=True):
+        assert torch.equal(piece, photo[0, :, row : row + 8, col : col + 8])
 
 
 def test_a_grid_has_a_cell_at_least():

@@ -1,5 +1,7 @@
 """Which pixels and cells belong to a region, and what stands for the others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,10 +60,40 @@ def test_features_are_those_of_the_kept_cells(region):
     scoring = ScoringConfig(distribution_scales=(1, 2), cell_sizes=(8, 16), num_filters=3)
     photos, repaired = rand(4, 3, 32, 32), rand(4, 3, 32, 32).flip(0)
     some = PatchFeatures.of(photos, scoring=scoring, seed=0, region=region)
-    every = PatchFeatures.of(photos, scoring=scoring, seed=0)
+    every = replace(some, cells=None)
     grids = 2 * [(4, 4), (4, 4), (2, 2), (2, 2)]  # each described twice
     for one, other, grid in zip(some(photos, repaired), every(photos, repaired), grids, strict=True):
         assert torch.equal(one, other[region.cells(grid).kept])
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_filters_are_learnt_inside(region, scale):
+    """From pieces of 8 px whose centre is inside: they do not reach further out than 4 reduced px."""
+    photos = rand(4, 3, 32, 32)
+    scoring = ScoringConfig(distribution_scales=(scale,), num_filters=5)
+    wild = photos.clone()
+    wild[..., : 16 - 4 * scale, : 16 - 4 * scale] = rand(1, 3, 1, 1)
+    one, other = (PatchFeatures.of(each, scoring=scoring, seed=0, region=region).filters[0] for each in (photos, wild))
+    assert torch.equal(one, other)
+    everywhere = PatchFeatures.of(photos, scoring=scoring, seed=0).filters[0]
+    assert not torch.equal(one, everywhere)
+    whole = replace(region, inside=torch.ones(32, 32, dtype=torch.bool))
+    similar = PatchFeatures.of(photos, scoring=scoring, seed=0, region=whole).filters[0]
+    assert similar.shape == everywhere.shape
+
+
+@pytest.mark.parametrize("place", [
+    (slice(0, 2), slice(None)), (slice(None), slice(31, 32)), (slice(5, 6), slice(9, 10)),
+])  # fmt: skip
+def test_a_region_too_narrow_for_a_piece_has_filters_of_what_touches_it(place):
+    photos = torch.full((4, 1, 32, 32), 0.5)
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[place] = True
+    photos[..., inside] = rand(4, 1, int(inside.sum()))
+    region = Region(inside, torch.zeros(1, 32, 32, dtype=torch.uint8))
+    filters = PatchFeatures.of(photos, scoring=ScoringConfig(), seed=0, region=region).filters
+    assert all(each.isfinite().all() for each in filters)
+    assert filters[0].abs().max() > 1  # it saw more than the grey
 
 
 def test_the_map_and_all_that_is_learnt_for_it_are_of_the_inside(region):

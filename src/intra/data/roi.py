@@ -1,7 +1,9 @@
 """A region of interest as its file holds it: a mask over the photo, and the box around what it marks."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -9,11 +11,13 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Bool
 
+from intra.data.decode import opened
 from intra.data.files import write_atomically
-from intra.data.images import Box, pixels_digest, read_mask
+from intra.data.images import Box, box_slices, pixels_digest, read_mask
+from intra.data.layout import MASK_SUFFIXES
 from intra.errors import InTraError
 
-__all__ = ["ROI_FILE", "check_roi", "read_roi", "roi_box", "roi_digest", "save_roi"]
+__all__ = ["ROI_FILE", "check_roi", "read_roi", "roi_box", "roi_digest", "roi_text", "save_roi"]
 
 ROI_FILE = "roi.png"  # in a run's folder, so that it resumes with the same region
 LARGEST_MISFIT = 0.02  # of the photos' aspect ratio: further off, a mask is another camera's
@@ -23,8 +27,16 @@ LEAST_SIDE = 32  # px: a region of fewer than this squared, in the photos' pixel
 def read_roi(path: str | Path) -> Bool[np.ndarray, "h w"]:
     """The mask in an image file of any size: True, inside, where any channel is not zero.
 
-    Raises UnreadableError as `read_image` does, and InTraError if nothing is inside.
+    Raises UnreadableError as `read_image` does, and InTraError if nothing is inside, or if the file may hold another
+    region than was painted: formats that blur, and transparency, which reading drops.
     """
+    if Path(path).suffix.lower() not in MASK_SUFFIXES:
+        raise InTraError(f"the region in {path} may be blurred at its border, as by JPEG; expected one of "
+                         f"{', '.join(sorted(MASK_SUFFIXES))}; save it as .png")
+    with opened(path) as file:
+        if file.has_transparency_data:
+            raise InTraError(f"the region in {path} has an alpha channel, which does not count; expected white where "
+                             "photos are to be inspected and black elsewhere; save it without transparency")
     mask = read_mask(path)
     if not mask.any():
         raise InTraError(f"the region in {path} is empty: all of its pixels are 0; expected others where photos are to "
@@ -58,13 +70,29 @@ def roi_box(mask: Bool[np.ndarray, "h w"]) -> Box:
             float((cols[-1] + 1) / width))
 
 
+def roi_text(mask: Bool[np.ndarray, "h w"], sizes: Sequence[tuple[int, int]]) -> str:
+    """For people: how much of photos of these heights and widths is inside, and the box in the most usual of them.
+
+    >>> roi_text(np.array([[False, False], [False, True]]), [(480, 640)])
+    'region: 25.0 % of the photo, box 240x320 px'
+    """
+    size = Counter(sizes).most_common(1)[0][0]
+    rows, cols = box_slices(size, roi_box(mask))
+    return (f"region: {100 * mask.mean():.1f} % of the photo, box {rows.stop - rows.start}x{cols.stop - cols.start} "
+            "px")
+
+
 def roi_digest(mask: Bool[np.ndarray, "h w"]) -> str:
     """The same for the same mask, whatever its file."""
     return pixels_digest(mask[:, :, None]).hex()
 
 
-def save_roi(mask: Bool[np.ndarray, "h w"], path: Path) -> None:
-    """Writes a PNG, white inside: whole or not at all."""
+def save_roi(mask: Bool[np.ndarray, "h w"] | None, path: Path) -> None:
+    """Writes a PNG, white inside: whole or not at all. Without a region it removes that of a run before."""
+    if mask is None:
+        with suppress(OSError):
+            path.unlink()
+        return
     content = io.BytesIO()
     PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(content, format="PNG")
     write_atomically(path, content.getvalue())

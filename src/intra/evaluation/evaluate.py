@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from scipy import ndimage
 
 import intra
 from intra.data.files import remove_leftovers, sha256_of, write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
-from intra.data.images import read_image, read_mask
+from intra.data.images import box_slices, read_image, read_mask
 from intra.errors import InTraError
 from intra.evaluation import metrics
 from intra.evaluation.report import Curves, Gallery, write_report
@@ -70,8 +71,9 @@ def evaluate_category(
 
     `seconds_per_image` is wall time from the decoded image to its verdict, without the first batch if there are
     several. Pixel metrics count every test image, good ones without any defect; defective ones without a mask are left
-    out. Good test images whose very file was trained on, or carries the threshold, test nothing: they are left out of
-    everything and counted in `num_left_out`. `reasons` says why a metric is null, `notes` what else to know.
+    out, and so is all that lies outside the model's region of interest. Good test images whose very file was trained
+    on, or carries the threshold, test nothing: they are left out of everything and counted in `num_left_out`. `reasons`
+    says why a metric is null, `notes` what else to know.
     """
     out = Path(out)
     tests, left_out = _not_trained_on(category, detector)
@@ -93,7 +95,7 @@ def evaluate_category(
         "num_test": len(tests),
         "num_left_out": len(left_out),
         "reasons": reasons,
-        "notes": [*_notes(tests, left_out), *_setup_notes(inspected.rows)],
+        "notes": [*_notes(tests, left_out), *_region_notes(inspected.region_px), *_setup_notes(inspected.rows)],
         "model": _model_record(detector),
         "provenance": _provenance(detector),
         "peak_memory_mib": peak_memory_mib(),
@@ -110,9 +112,10 @@ class _Inspected:
     """What the inspection of all test images has left for the figures and the report."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)  # as in results.json
-    maps: list[np.ndarray] = field(default_factory=list)  # of the images that count in pixel metrics
+    maps: list[np.ndarray] = field(default_factory=list)  # of the images that count in pixel metrics, or parts of them
     masks: list[np.ndarray] = field(default_factory=list)
     map_defects: list[str | None] = field(default_factory=list)  # None: a good image
+    region_px: Counter[str] = field(default_factory=Counter)  # of photos and defects, and inside; empty: no region
     gallery: Gallery = field(default_factory=Gallery)
     batch_seconds: list[tuple[float, int]] = field(default_factory=list)  # wall time, images
 
@@ -121,6 +124,26 @@ class _Inspected:
         """Without the first batch, which warms up, if there are several."""
         counted = self.batch_seconds[1:] or self.batch_seconds
         return sum(seconds for seconds, _ in counted) / sum(images for _, images in counted)
+
+    @property
+    def where(self) -> str:
+        """Which pixels count in pixel metrics, for a reason."""
+        return " inside the region" if self.region_px else ""
+
+    def add_pixels(
+        self, anomaly_map: np.ndarray, truth: np.ndarray, inside: np.ndarray | None, defect: str | None
+    ) -> None:
+        """For the pixel metrics: the image, or of a region its good pixels in a row, and each defect's in another."""
+        parts = [(anomaly_map, truth)]
+        if inside is not None:
+            self.region_px.update({"defect": int(truth.sum()), "defect inside": int(truth[inside].sum())})
+            defects, count = ndimage.label(truth & inside, structure=metrics.TOUCHING)
+            rows = [anomaly_map[inside & (defects == number)][None] for number in range(count + 1)]
+            parts = [(row, np.full(row.shape, number > 0)) for number, row in enumerate(rows)]
+        for values, mask in parts:
+            self.maps.append(values)
+            self.masks.append(mask)
+            self.map_defects.append(defect)
 
 
 def _inspect(
@@ -145,10 +168,11 @@ def _inspect(
                                   truth=truth)
             if maps is not None:
                 _save_map(prediction, test, maps, saved)
+            inside = _inside(detector, (image.shape[0], image.shape[1]))
+            if inside is not None:
+                inspected.region_px.update({"photo": inside.size, "inside": int(inside.sum())})
             if keep_maps and truth is not None:
-                inspected.maps.append(prediction.anomaly_map)
-                inspected.masks.append(truth)
-                inspected.map_defects.append(test.defect if test.label else None)
+                inspected.add_pixels(prediction.anomaly_map, truth, inside, test.defect if test.label else None)
         if on_progress is not None:
             on_progress(len(inspected.rows), len(tests))
     return inspected
@@ -157,6 +181,16 @@ def _inspect(
 def _batches(tests: Sequence[LabelledImage]) -> Iterator[Sequence[LabelledImage]]:
     for start in range(0, len(tests), IMAGES_PER_BATCH):
         yield tests[start : start + IMAGES_PER_BATCH]
+
+
+def _inside(detector: Detector, size: tuple[int, int]) -> np.ndarray | None:
+    """Which pixels of a photo of this height and width lie inside the model's region of interest; None: no region."""
+    if detector.region is None or detector.config.data.box is None:
+        return None
+    inside = np.zeros(size, dtype=bool)
+    part = inside[box_slices(size, detector.config.data.box)]
+    part[:] = detector.region.at((part.shape[0], part.shape[1]))
+    return inside
 
 
 def _truth(test: LabelledImage, image: np.ndarray) -> np.ndarray | None:
@@ -209,8 +243,8 @@ def _figures(inspected: _Inspected, threshold: float) -> tuple[dict[str, Any], d
     for name in sorted(set(defects[labels].tolist())):
         row = _defect_figures(name, inspected, scores, labels, defects == name, threshold)
         figures["per_defect"][name] = row
-        reasons |= {f"per_defect.{name}.{key}": ("none of its images has a marked pixel" if key.startswith("pixel")
-                                                 else metrics.missing_class(labels))
+        unmarked = f"none of its images has a marked pixel{inspected.where}"
+        reasons |= {f"per_defect.{name}.{key}": unmarked if key.startswith("pixel") else metrics.missing_class(labels)
                     for key, value in row.items() if value is None}
     return figures, reasons, Curves(
         image_roc=metrics.roc_curve(scores, labels),
@@ -248,7 +282,7 @@ def _no_pixel_metric(inspected: _Inspected, labels: metrics.Labels) -> str:
     if not any(defect is not None for defect in inspected.map_defects):
         return f"none of the {int(labels.sum())} anomalous test images has a mask"
     marked = any(mask.any() for mask in inspected.masks)
-    return "every pixel is marked as defective" if marked else "no pixel is marked as defective"
+    return f"{'every' if marked else 'no'} pixel{inspected.where} is marked as defective"
 
 
 def _not_trained_on(category: Category, detector: Detector) -> tuple[list[LabelledImage], list[LabelledImage]]:
@@ -276,6 +310,14 @@ def _notes(tests: Sequence[LabelledImage], left_out: Sequence[LabelledImage]) ->
     if 0 < without < len(anomalous):
         notes.append(f"{without} of {len(anomalous)} anomalous images have no mask; the pixel figures leave them out.")
     return notes
+
+
+def _region_notes(px: Mapping[str, int]) -> list[str]:
+    if not px:
+        return []
+    note = f"The pixel figures are of the region of interest alone, {px['inside'] / px['photo']:.1%} of the photos."
+    outside = px["defect"] - px["defect inside"]
+    return [note + (f" {outside} of {px['defect']} defect pixels lie outside it." if px["defect"] else "")]
 
 
 def _setup_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

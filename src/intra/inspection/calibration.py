@@ -13,10 +13,10 @@ from intra.config import ScoringConfig
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, image_score, tails_of
 
-__all__ = ["INTERVAL_SHARE", "LEAST_HELD_OUT", "Threshold", "calibrate", "choose_threshold", "given_threshold",
+__all__ = ["INTERVAL_SHARE", "Threshold", "calibrate", "check_held_out", "choose_threshold", "given_threshold",
            "moved_threshold", "p_value"]
 
-LEAST_HELD_OUT = 3  # images, to score each against the others' mean and spread
+LEAST_HELD_OUT = 3  # images, to score each by what the others decide
 NUM_FOLDS = 5  # of held-out images, where each anew costs a distribution
 INTERVAL_SHARE = 0.9  # of sets of good images: in so many the realised rate lies in the stated interval
 
@@ -118,20 +118,17 @@ def calibrate(
     interest from what lies `inside` of it.
 
     With the reference "training" (the paper) its means are taken from `trained_on`, which has all kinds of evidence but
-    the distribution. With "validation" they are taken from the held-out images; that needs at least three. How rare
-    evidence is, the held-out images say in any case: what was trained on is too good for that.
+    the distribution. With "validation" they are taken from the held-out images. How rare evidence is, the held-out
+    images say in any case: what was trained on is too good for that.
 
     Whatever held-out images decide – means, tails, and with `refit` the distribution's spread and shrinkage – is
     decided anew for each fold of them by the others alone, so that each is scored as a new image would be. `refit`
-    gives the evidence of all held-out images if only those at the given places had a say in it.
+    gives the evidence of all held-out images if only those at the given places had a say in it. Raises InTraError as
+    `check_held_out`.
     """
     if scoring.reference == "training" and trained_on is None:
         raise ValueError("the reference 'training' needs the maps of the training images")
-    if scoring.reference == "validation" and len(held_out) < LEAST_HELD_OUT:
-        raise InTraError(
-            f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out good images, there are "
-            f"{len(held_out)}; give more good images, a larger data.validation_fraction, or scoring.reference=training"
-        )
+    check_held_out(len(held_out), kinds=kinds, scoring=scoring)
     num_means = len(kinds) - ("distribution" in kinds)
 
     def reference_from(evidence: Float[Tensor, "o k h w"]) -> Reference:
@@ -141,11 +138,25 @@ def calibrate(
 
     scores = torch.empty(len(held_out))
     for fold, others in _folds(len(held_out), kinds, scoring, is_costly=refit is not None):
-        evidence = refit(others) if refit and len(others) < len(held_out) else held_out
+        evidence = refit(others) if refit else held_out
         maps = anomaly_map(evidence[fold], reference_from(evidence[others]), kinds=kinds, scoring=scoring,
                            inside=inside)
         scores[fold] = image_score(maps).to(scores)
     return reference_from(held_out), scores.tolist()
+
+
+def check_held_out(count: int, *, kinds: Sequence[Evidence], scoring: ScoringConfig) -> None:
+    """Raises InTraError where held-out images decide more than the threshold, and are too few to do so in folds."""
+    if _decide(kinds, scoring) and count < LEAST_HELD_OUT:
+        raise InTraError(
+            f"expected at least {LEAST_HELD_OUT} held-out good images, as they decide more than the threshold "
+            f"(scoring.reference={scoring.reference}, evidence: {', '.join(kinds)}), found {count}; give more good "
+            "images, or set a larger data.validation_fraction or data.max_validation_images")
+
+
+def _decide(kinds: Sequence[Evidence], scoring: ScoringConfig) -> bool:
+    """Whether held-out images decide means, tails, or the distribution's spread and shrinkage."""
+    return scoring.reference == "validation" or len(kinds) > 1 or "distribution" in kinds
 
 
 def _folds(
@@ -153,8 +164,7 @@ def _folds(
 ) -> list[tuple[list[int], list[int]]]:
     """Which held-out images are scored together, and which decide for them."""
     everyone = list(range(count))
-    decides_nothing = scoring.reference == "training" and len(kinds) == 1 and not is_costly
-    if decides_nothing or count < LEAST_HELD_OUT:
+    if not _decide(kinds, scoring):
         return [(everyone, everyone)]
     num_folds = count if scoring.reference == "validation" and not is_costly else min(NUM_FOLDS, count)
     return [(everyone[start::num_folds], [i for i in everyone if i % num_folds != start])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from intra.config import ScoringConfig
@@ -61,11 +61,11 @@ class PatchFeatures:
     def of(
         cls, photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int, region: Region | None = None
     ) -> "PatchFeatures":
-        """From good images, uint8 or float in [0, 1], whose principal components become the filters. Of a region the
-        cells that touch it are described.
+        """From good images, uint8 or float in [0, 1], whose principal components become the filters: of pieces inside
+        a region, if there is one. Of a region the cells that touch it are described.
         """
         grids = cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes)
-        filters = tuple(_principal_filters(photos, scale, scoring.num_filters, seed)
+        filters = tuple(_principal_filters(photos, scale, scoring.num_filters, seed, region)
                         for scale in scoring.distribution_scales)
         return cls(scoring.distribution_scales, grids, filters, cells_of(region, grids))
 
@@ -262,7 +262,7 @@ def _pooled(maps: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tens
 
 
 def _principal_filters(
-    photos: Shaped[Tensor, "n c h w"], scale: int, num_filters: int, seed: int
+    photos: Shaped[Tensor, "n c h w"], scale: int, num_filters: int, seed: int, region: Region | None
 ) -> Float[Tensor, "m c k k"]:
     """The first principal components of pieces of the photos, and of their mean colours all but the first, which is
     the brightness. Each is divided by the standard deviation along it.
@@ -272,7 +272,9 @@ def _principal_filters(
     generator = torch.Generator().manual_seed(seed)
     length = photos.shape[1] * PIECE_SIDE**2
     each = max(1, min(NUM_PIECES, LARGEST_SAMPLE // length) // len(photos) + 1)
-    pieces = torch.cat([_random_pieces(reduced(to_unit(photo[None]), scale), each, generator) for photo in photos])
+    starts = None if region is None else _starts(region, scale)
+    pieces = torch.cat([_random_pieces(reduced(to_unit(photo[None]), scale), each, generator, starts)
+                        for photo in photos])
     colours = pieces.mean((2, 3), keepdim=True)
     tints = _components(colours)[1:MOST_COLOURS] / PIECE_SIDE**2  # of the mean over a piece
     return torch.cat([_components(pieces)[:num_filters], tints.expand(-1, -1, PIECE_SIDE, PIECE_SIDE)])
@@ -287,10 +289,32 @@ def _components(samples: Float[Tensor, "n c h w"]) -> Float[Tensor, "m c h w"]:
 
 
 def _random_pieces(
-    photo: Float[Tensor, "1 c h w"], count: int, generator: torch.Generator
+    photo: Float[Tensor, "1 c h w"], count: int, generator: torch.Generator, starts: Int[Tensor, "n 2"] | None
 ) -> Float[Tensor, "count c k k"]:
-    room = [max(0, PIECE_SIDE - side) for side in photo.shape[-2:]]  # a reduced photo may be smaller than a piece
-    photo = F.pad(photo, (0, room[1], 0, room[0]), mode="replicate")
-    rows, cols = (torch.randint(side - PIECE_SIDE + 1, (count,), generator=generator) for side in photo.shape[-2:])
+    """Pieces with their upper left corner at one of `starts`; None: anywhere."""
+    photo = _piece_or_more(photo)
+    if starts is None:
+        rows, cols = (torch.randint(side - PIECE_SIDE + 1, (count,), generator=generator) for side in photo.shape[-2:])
+    else:
+        rows, cols = starts[torch.randint(len(starts), (count,), generator=generator)].unbind(1)
     return torch.stack([photo[0, :, row : row + PIECE_SIDE, col : col + PIECE_SIDE]
                         for row, col in zip(rows.tolist(), cols.tolist(), strict=True)])
+
+
+def _starts(region: Region, scale: int) -> Int[Tensor, "n 2"]:
+    """The upper left corners, in a reduced photo, of the pieces whose centre touches a region; without any such, a
+    narrow region along the border, of those that touch it themselves.
+    """
+    inside = _piece_or_more(reduced(region.inside[None, None].float(), scale)) > 0
+    rows, cols = (side - PIECE_SIDE + 1 for side in inside.shape[-2:])
+    middle = PIECE_SIDE // 2
+    chosen = inside[0, 0, middle : middle + rows, middle : middle + cols]
+    if not chosen.any():
+        chosen = F.max_pool2d(inside.float(), PIECE_SIDE, stride=1)[0, 0] > 0
+    return chosen.nonzero().cpu()
+
+
+def _piece_or_more(photo: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h2 w2"]:
+    """A reduced photo may be smaller than a piece: its border is repeated."""
+    room = [max(0, PIECE_SIDE - side) for side in photo.shape[-2:]]
+    return F.pad(photo, (0, room[1], 0, room[0]), mode="replicate")

@@ -20,12 +20,13 @@ import intra
 from intra.config import Config, preset
 from intra.data.cache import cached_set
 from intra.data.files import remove_leftovers
-from intra.data.folder import Category, find_category, fingerprints_of, require_enough
+from intra.data.folder import MIN_GOOD_IMAGES, Category, find_category, fingerprints_of, require_enough
 from intra.data.images import auto_channels, auto_image_size, box_slices, read_info
 from intra.data.roi import ROI_FILE, check_roi, read_roi, roi_box, roi_digest, save_roi
 from intra.errors import InTraError
 from intra.geometry import patchify
-from intra.inspection.calibration import LEAST_HELD_OUT
+from intra.inspection.anomaly import evidence_kinds
+from intra.inspection.calibration import check_held_out
 from intra.inspection.detector import Detector, refuse_exported
 from intra.inspection.device import pick_device, uses_bf16
 from intra.inspection.model_file import MODEL_FILE
@@ -83,8 +84,8 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         seed: the same seed on the same machine gives the same weights (with a budget in steps or epochs).
         resume: go on from `out`/last.ckpt where there is one; preset, seed and settings are then those of the run.
         settings: replaces single settings by text, `{"train.batch_size": "16"}`.
-        roi: an image file, not 0 where photos are to be inspected, of any size and of their aspect ratio: the region of
-            interest. It is kept in `out`/roi.png; a resumed run takes it from there.
+        roi: a lossless image file without alpha, not 0 where photos are to be inspected, of any size and of their
+            aspect ratio: the region of interest. It is kept in `out`/roi.png; a resumed run takes it from there.
         on_report: called about twice a second while training.
         on_calibration: called afterwards with the number of good images inspected for reference and threshold, and
             of all.
@@ -126,9 +127,8 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         cast(InTra, model).start_from(mean.cpu())
     budget = _budget(config, minutes, epochs, steps, sampler.steps_per_epoch, stored)
     identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
-    if mask is not None:
-        identity["roi"] = roi_digest(mask)
-        save_roi(mask, out / ROI_FILE)
+    identity |= {} if mask is None else {"roi": roi_digest(mask)}
+    save_roi(mask, out / ROI_FILE)
     fitted = fit(
         model, sampler, shown_held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
         budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
@@ -183,14 +183,15 @@ def recalibrate(
     if target.resolve() in (Path(run).resolve(), (Path(run) / MODEL_FILE).resolve()):
         raise InTraError(f"{target} holds the weights to start from; choose another --out")
     loaded = Detector.load(run, device=device)
-    known = loaded.provenance
-    if known.get("training_images") != fingerprints_of(category):
+    known = {key: value for key, value in loaded.provenance.items() if key != "calibrated"}  # its threshold goes
+    fingerprints = fingerprints_of(category)
+    if known.get("training_images") != fingerprints:
         raise InTraError(f"the images of {category.root} are no longer those that {run} was trained on; put them back, "
                          "or train anew")
     config = loaded.config.with_settings(settings)
     config.check_grid()
     training, validation = (images.to(loaded.device) for images in _read_split(
-        category, config, known["seed"], known["training_images"]))
+        category, config, known["seed"], fingerprints))
     provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
                                            "intra": intra.__version__, "settings": dict(settings)}}
     calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration,
@@ -271,13 +272,20 @@ def _resumed(
 def _read_split(
     category: Category, config: Config, seed: int, fingerprints: Mapping[str, str]
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
-    """The good images that train, and those held out. Raises InTraError if there are too few for the settings."""
-    images = cached_set(category.train, fingerprints.values(), size=config.model.image_size,
-                        channels=config.model.channels, box=config.data.box)
-    train_index, validation_index = _split(len(images), config, seed)
-    if config.scoring.reference == "validation" and len(validation_index) < LEAST_HELD_OUT:
-        raise InTraError(f"scoring.reference=validation needs at least {LEAST_HELD_OUT} held-out images, there are "
-                         f"{len(validation_index)}; give more photos, or set a larger data.validation_fraction")
+    """The good images that train, and those held out. Of identical files the first stands for all, so that none is on
+    both sides, or counts twice for the threshold. Raises InTraError if there are too few for the settings.
+    """
+    first: dict[str, Path] = {}
+    for path, fingerprint in zip(category.train, fingerprints.values(), strict=True):
+        first.setdefault(fingerprint, path)
+    if len(first) < MIN_GOOD_IMAGES:
+        raise InTraError(f"{category.name}: expected at least {MIN_GOOD_IMAGES} good images that differ, found "
+                         f"{len(first)} in {len(category.train)} files; add photos of good parts")
+    train_index, validation_index = _split(len(first), config, seed)
+    kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
+    check_held_out(len(validation_index), kinds=kinds, scoring=config.scoring)
+    images = cached_set(list(first.values()), first, size=config.model.image_size, channels=config.model.channels,
+                        box=config.data.box)
     return images[train_index], images[validation_index]
 
 

@@ -1,25 +1,41 @@
 """What raises the setup alarm: good and defective photos as they are, and good ones with everything changed.
 
-    python benchmarks/drift.py DATA...
+    python benchmarks/drift.py DATA... [--runs RUNS] [--json FILE]
 
-The setup is fitted to the good training photos, as `intra train` does; no network is needed. Gamma, blur, shift and
-rotation are applied to the good test photos at their own size (px, borders repeated); the size is the model's.
+Without --runs, the setup is fitted to the good training photos, as `intra train` does; no network is needed. With it,
+RUNS/CATEGORY holds a trained model of each category, whose alarm and verdicts are counted: how many of the changed good
+photos are also called DEFECT. Gamma, blur, shift and rotation are applied to the good test photos at their own size
+(px, borders repeated); the size is the model's.
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from intra.config import preset
-from intra.data.folder import find_categories
+from intra.data.files import write_atomically
+from intra.data.folder import Category, find_categories
 from intra.data.images import auto_channels, auto_image_size, prepare, read_image, read_info, read_set, to_unit
-from intra.inspection.setup import Setup, SetupCheck
+from intra.inspection.detector import Detector
+from intra.inspection.setup import Setup
 
 Change = Callable[[np.ndarray], np.ndarray]  # of a photo (H, W, C) in [0, 1]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What judges the photos of a category."""
+
+    size: tuple[int, int]
+    setup: Setup
+    verdict: Callable[[np.ndarray], tuple[str, bool | None]]  # why the alarm is raised, or ""; DEFECT, if known
 
 
 def changes() -> dict[str, Change]:
@@ -41,41 +57,74 @@ def main() -> None:
     """Prints a table for each category."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--runs", type=Path, help="holds a trained model for each category, by its name")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args()
-    settings = preset("fast").model
+    rows = []
     for category in (found for data in args.data for found in find_categories(data)):
-        infos = [read_info(path) for path in category.train]
-        size = auto_image_size([info.size for info in infos], patch_size=settings.patch_size,
-                               window_size=settings.window_size)
-        channels = auto_channels(infos)
-        setup = Setup.of(read_set(category.train, size=size, channels=channels))
-
-        def check(
-            path: Path, change: Change, setup: Setup = setup, size: tuple[int, int] = size, channels: int = channels
-        ) -> SetupCheck:
-            image = read_image(path)
-            if image.dtype == np.uint8:
-                image = np.rint(255 * change(image / 255).clip(0, 1)).astype(np.uint8)
-            else:
-                whole = to_unit(prepare(image, size=image.shape[:2], channels=channels))
-                image = change(whole.permute(1, 2, 0).numpy())
-            return setup.check(to_unit(prepare(image, size=size, channels=channels))[None])[0]
-
-        print(f"\n{category.name}: {len(category.train)} good photos, {size[0]}×{size[1]} px, alarm above "
-              f"{setup.threshold:.2f}\n\n| photos | | setup alarm | named |\n|---|---|---|---|", flush=True)
+        judge = judge_of_model(args.runs / category.name) if args.runs else judge_of_setup(category)
+        print(f"\n{category.name}: {len(category.train)} good photos, {judge.size[0]}×{judge.size[1]} px, alarm above "
+              f"{judge.setup.threshold:.2f}\n", flush=True)
+        print("| photos | | setup alarm | called DEFECT | named |\n|---|---|---|---|---|", flush=True)
         good = [image.path for image in category.test if not image.label]
         for name, change in changes().items():
-            row(f"good, {name}", [check(path, change) for path in good])
+            verdicts = [judge.verdict(changed(read_image(path), change)) for path in good]
+            rows.append({"category": category.name} | row(f"good, {name}", verdicts))
         for defect in sorted({image.defect for image in category.test if image.label}):
-            row(f"defective: {defect}", [check(image.path, lambda photo: photo) for image in category.test
-                                         if image.defect == defect])
+            verdicts = [judge.verdict(read_image(image.path)) for image in category.test if image.defect == defect]
+            rows.append({"category": category.name} | row(f"defective: {defect}", verdicts))
+    if args.json:
+        write_atomically(args.json, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
-def row(name: str, checks: list[SetupCheck]) -> None:
-    """One line of the table."""
-    reasons = Counter(check.reason for check in checks if check.alarm)
+def judge_of_model(run: Path) -> Judge:
+    """The alarm and the verdict of a trained model."""
+    detector = Detector.load(run)
+
+    def verdict(photo: np.ndarray) -> tuple[str, bool | None]:
+        found = detector.predict(photo)
+        return found.setup_reason, found.is_anomalous
+
+    return Judge(detector.config.model.image_size, detector.setup, verdict)
+
+
+def judge_of_setup(category: Category) -> Judge:
+    """The alarm alone, fitted to the good training photos."""
+    settings = preset("fast").model
+    infos = [read_info(path) for path in category.train]
+    size = auto_image_size([info.size for info in infos], patch_size=settings.patch_size,
+                           window_size=settings.window_size)
+    channels = auto_channels(infos)
+    setup = Setup.of(read_set(category.train, size=size, channels=channels))
+
+    def verdict(photo: np.ndarray) -> tuple[str, bool | None]:
+        return setup.check(to_unit(prepare(photo, size=size, channels=channels))[None])[0].reason, None
+
+    return Judge(size, setup, verdict)
+
+
+def changed(image: np.ndarray, change: Change) -> np.ndarray:
+    """The photo with everything changed: uint8 if it was, else float32 in [0, 1]."""
+    if image.dtype == np.uint8:
+        return np.rint(255 * change(image / 255).clip(0, 1)).astype(np.uint8)
+    whole = to_unit(prepare(image, size=image.shape[:2], channels=image.shape[2]))
+    return change(whole.permute(1, 2, 0).numpy()).clip(0, 1).astype(np.float32)
+
+
+def row(name: str, verdicts: list[tuple[str, bool | None]]) -> dict[str, Any]:
+    """One line of the table, printed and as it goes into the JSON."""
+    reasons = Counter(reason for reason, _ in verdicts if reason)
+    found = {"photos": name, "num": len(verdicts), "num_alarms": reasons.total(), "reasons": dict(reasons),
+             "num_defect": None, "num_defect_and_alarm": None}
+    called = "–"
+    if all(is_anomalous is not None for _, is_anomalous in verdicts):
+        found["num_defect"] = sum(bool(is_anomalous) for _, is_anomalous in verdicts)
+        found["num_defect_and_alarm"] = sum(bool(is_anomalous and reason) for reason, is_anomalous in verdicts)
+        called = (f"{found['num_defect'] / len(verdicts):.0%}, with the alarm "
+                  f"{found['num_defect_and_alarm'] / len(verdicts):.0%}")
     listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    print(f"| {name} | {len(checks)} | {sum(reasons.values()) / len(checks):.0%} | {listed} |", flush=True)
+    print(f"| {name} | {len(verdicts)} | {reasons.total() / len(verdicts):.0%} | {called} | {listed} |", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def watch(  # noqa: PLR0913, PLR0917  the options of the command
 ) -> None:  # fmt: skip
     """Inspect each new photo of a folder, once and only once: DIR/record.sqlite. Ctrl-C ends it, the same command
     goes on. Exit 2 with --once if some photos could not be inspected."""
+    from intra.data.files import printable
     from intra.deploy.watch import Watcher
     from intra.deploy.watch import watch as watch_folder
 
@@ -65,12 +66,13 @@ def watch(  # noqa: PLR0913, PLR0917  the options of the command
             say(console, f"not inspected  {verdict.error}", style="yellow")
         else:
             found = verdict.prediction
-            say(console, f"{'DEFECT' if found.is_anomalous else 'good  '}  {found.score:.4g}  {verdict.path}",
+            setup = f"  SETUP: {found.setup_reason}" if found.setup_alarm else ""
+            say(console, f"{'DEFECT' if found.is_anomalous else 'good  '}  {found.score:.4g}  {verdict.path}{setup}",
                 style="red" if found.is_anomalous else None)
 
     watcher = Watcher(folder, out, settle_s=settle, poll_s=poll, once=once, save_images=save_images, webhook=webhook)
     counts = watch_folder(run, watcher, device=device, threshold=threshold, false_reject_rate=false_reject_rate,
-                          on_verdict=show, on_trouble=lambda what: say(console, what, style="yellow"))
+                          on_verdict=show, on_trouble=lambda what: typer.secho(printable(what), fg="yellow", err=True))
     _say_counts(out, counts)
     if once and num_unreadable:
         raise InTraError(f"{num_unreadable} of the files could not be inspected; `intra record {out} --csv FILE` names "
@@ -121,6 +123,8 @@ def verify(
 
 
 def _say_counts(folder: Path, counts: "Counts") -> None:
+    setup = f", {counts.num_setup_alarms} with a setup alarm" if counts.num_setup_alarms else ""
     waiting = f", {counts.num_undelivered} messages not yet delivered" if counts.num_undelivered else ""
+    reason = f" (last error: {counts.delivery_error})" if counts.delivery_error else ""
     say(make_console(), f"{folder}: {counts.num_photos} photos, {counts.num_anomalous} anomalous, "
-                        f"{counts.num_unreadable} not inspected{waiting}")
+                        f"{counts.num_unreadable} not inspected{setup}{waiting}{reason}")

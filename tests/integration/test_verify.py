@@ -1,9 +1,11 @@
 """`intra verify`: the manifest, and what it finds."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from intra.deploy.verify import manifest_of, summary, training_images_of
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import FORMAT_VERSION, content_digest
+from intra.inspection.recalibration import calibrate
 from intra.provenance import code_sha256
 
 
@@ -73,6 +76,23 @@ def test_a_sparse_manifest_is_still_told(run, tmp_path):
     file = forged(run, tmp_path / "model.safetensors", lambda made: [
         made.pop(key) for key in list(made) if key not in ("training_images", "pretrained_weights")])
     assert any("not recorded" in line for line in summary(manifest_of(file)))
+
+
+def test_how_the_threshold_was_set_again_is_told(run, photos, tmp_path):
+    def line(file: Path) -> str:
+        (found,) = (line for line in summary(manifest_of(file)) if line.startswith("recalibrated"))
+        return found.removeprefix("recalibrated").strip()
+
+    assert line(run.path) == "no"
+    new = sorted((photos / "gear" / "test" / "good").glob("*.png"))
+    calibrate(run.path, new, out=tmp_path / "new.safetensors")
+    today = datetime.now(UTC).date().isoformat()
+    assert re.fullmatch(rf"{today}T\S+ by {len(new)} new good images", line(tmp_path / "new.safetensors"))
+    file = forged(run, tmp_path / "both.safetensors", lambda made: made.update(
+        calibrated={"created": "2026-02-01", "num_images": 40},
+        recalibrated={"created": "2026-01-01", "settings": {"scoring.spread": "off"}}))
+    assert line(file) == ("2026-01-01 by its own images, with the settings {'scoring.spread': 'off'}; "
+                          "2026-02-01 by 40 new good images")
 
 
 def test_on_the_command_line(run, photos, tmp_path):

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import PIL.Image
@@ -19,7 +20,7 @@ from conftest import no_larger_file_than, read_only_folder
 
 from intra.data.decode import UnreadableError
 from intra.deploy import watch as module
-from intra.deploy.record import Counts, Record, held
+from intra.deploy.record import Counts, Entry, Record, held
 from intra.deploy.watch import Verdict, Watcher, watch
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
@@ -68,6 +69,8 @@ def test_each_photo_has_one_row_and_a_second_call_adds_none(run, folder, out):
     for row in rows:
         expected = detector.predict(folder / row["path"])
         assert row["score"] == pytest.approx(expected.score, rel=1e-5)
+        assert row["p_value"] == expected.p_value
+        assert (row["setup_alarm"], row["setup_reason"]) == (expected.setup_alarm, expected.setup_reason)
         assert row["result"] == ("anomalous" if expected.is_anomalous else "good")
         assert len(row["defects"]) == len(expected.defects)
         for kind in ("overlay", "outline", "repaired", "mask"):
@@ -103,14 +106,15 @@ def claiming(content: bytes, width: int, height: int) -> bytes:
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
-def test_what_the_system_withholds_is_tried_again_before_it_is_set_aside(run, folder, out, monkeypatch):
+@pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), MemoryError()])
+def test_what_the_system_withholds_is_tried_again_before_it_is_set_aside(run, folder, out, monkeypatch, cause):
     calls: list[str] = []
     read = module.read_image
 
     def fail(path):
         calls.append(path.name)
         if path.name == "0.png" or (path.name == "2.png" and calls.count("2.png") < 3):
-            raise UnreadableError(path, "Input/output error") from OSError(5, "Input/output error")
+            raise UnreadableError(path, "why") from cause
         return read(path)
 
     monkeypatch.setattr(module, "read_image", fail)
@@ -268,14 +272,29 @@ def test_a_read_only_folder_is_an_error():
             Record(place / "record.sqlite", folder=place)
 
 
-def test_no_memory_says_nothing_of_the_photo(run, folder, out, monkeypatch):
-    def fail(self, image):
-        raise OutOfMemoryError("the memory does not suffice for one image")
+@pytest.mark.parametrize("where", ["predict", "save_pictures"])
+@pytest.mark.parametrize("error", [OutOfMemoryError("one image"), MemoryError(), RuntimeError("CUDA out of memory")])
+def test_a_photo_too_large_for_the_memory_is_set_aside_and_watching_goes_on(
+    run, folder, out, monkeypatch, where, error
+):  # fmt: skip
+    with PIL.Image.open(folder / "0.png") as image:
+        image.resize((96, 96)).save(folder / "large.png")
+    place, tries = {"predict": Detector, "save_pictures": module}[where], []
+    work = getattr(place, where)
 
-    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError):
-        patch.setattr(Detector, "predict", fail)
-        once(run, folder, out)
-    assert once(run, folder, out).num_photos == 6
+    def fail(*words):
+        if any(getattr(word, "shape", ())[:2] == (96, 96) for word in words):
+            tries.append(1)
+            raise error
+        return work(*words)
+
+    monkeypatch.setattr(place, where, fail)
+    counts = once(run, folder, out, save_images=True, poll_s=0.0)
+    assert (counts.num_photos, counts.num_unreadable, len(tries)) == (7, 1, 3)
+    (reason,) = (row["error"] for row in rows_of(out) if row["error"])
+    assert "large.png" in reason
+    assert "does not fit into memory" in reason
+    assert once(run, folder, out).num_photos == 7  # a restart does not begin again with it
 
 
 KILLED = """
@@ -325,13 +344,13 @@ def test_kill_9_around_the_commit(run, folder, out, before, after, expected):
     assert len({row["path"] for row in rows_of(out)}) == 6
 
 
+def intra(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "intra.cli", *map(str, words)], capture_output=True, text=True,
+                          check=False)
+
+
 def test_on_the_command_line(run, folder, out, tmp_path):
     (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:300])
-
-    def intra(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "intra.cli", *map(str, words)], capture_output=True, text=True,
-                              check=False)
-
     done = intra("watch", run.path, folder, "--out", out, "--once", "--settle", 0)
     assert done.returncode == 2
     assert "1 of the files could not be inspected" in done.stderr
@@ -342,14 +361,72 @@ def test_on_the_command_line(run, folder, out, tmp_path):
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 8
 
 
-def test_the_verdicts_reach_a_webhook(run, folder, out):
-    from http.server import BaseHTTPRequestHandler, HTTPServer
+def test_a_setup_alarm_is_told_on_the_command_line_and_in_the_csv(run, folder, out, tmp_path):
+    with PIL.Image.open(folder / "0.png") as image:
+        image.point(lambda value: value // 2).save(folder / "dark.png")
+    done = intra("watch", run.path, folder, "--out", out, "--once", "--settle", 0)
+    (line,) = (line for line in done.stdout.splitlines() if "dark.png" in line)
+    assert line.endswith("SETUP: darker")
+    done = intra("record", out, "--csv", tmp_path / "rows.csv")
+    assert "with a setup alarm" in done.stdout
+    assert ",True,darker," in (tmp_path / "rows.csv").read_text()
 
+
+def test_a_webhook_that_fails_is_told_of(run, folder, out):
+    done = intra("watch", run.path, folder, "--out", out, "--once", "--settle", 0, "--webhook", "http://127.0.0.1:9/")
+    assert done.returncode == 0
+    assert done.stderr.count("the webhook did not take a message: <urlopen error") == 1
+    for text in (done.stdout, intra("record", out).stdout):
+        assert "6 messages not yet delivered (last error: <urlopen error" in text
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_does_not_wait_for_a_slow_webhook(run, folder, out, monkeypatch, signals):
+    """The first one gives it some time, the second none."""
+    monkeypatch.setattr(module, "FINAL_S", 0.5 if signals == 1 else 30.0)
+    record = Record(out_made(out) / "record.sqlite", folder=folder)
+    for number in range(100):
+        record.add(Entry(b"%d" % number, 1, 1, **dict.fromkeys(module.MEASURED), defects=(), error="", pictures=None,
+                         model=""), notify=True)  # fmt: skip
+    record.close()
+
+    def interrupt() -> None:
+        for _ in range(signals):
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupted.append(time.monotonic())
+
+    interrupted: list[float] = []
+    stopper = threading.Thread(target=interrupt)
+    with receiver([], pause_s=0.4) as address:  # 40 s for all
+        expected = nullcontext() if signals == 1 else pytest.raises(KeyboardInterrupt)
+        with expected:
+            watch(run.path, Watcher(folder, out, settle_s=0.0, webhook=address),
+                  on_verdict=lambda verdict: stopper.start() if verdict.id == 106 else None)  # fmt: skip
+        assert time.monotonic() - interrupted[-1] < 5.0
+    stopper.join()
+    assert len(rows_of(out)) == 106
+
+
+def test_the_verdicts_reach_a_webhook(run, folder, out):
     got: list[dict[str, object]] = []
+    with receiver(got) as address:
+        counts = once(run, folder, out, webhook=address)
+    assert counts.num_undelivered == 0
+    assert [body["path"] for body in got] == [row["path"] for row in rows_of(out)]
+    assert {body["result"] for body in got} <= {"good", "anomalous"}
+    assert {body["setup_alarm"] for body in got} <= {True, False}
+
+
+@contextmanager
+def receiver(got: list[dict[str, object]], pause_s: float = 0.0) -> Iterator[str]:
+    """A server that keeps what it gets; its address."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            time.sleep(pause_s)
             self.send_response(204)
             self.end_headers()
 
@@ -358,9 +435,8 @@ def test_the_verdicts_reach_a_webhook(run, folder, out):
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    counts = once(run, folder, out, webhook=f"http://127.0.0.1:{server.server_port}/")
-    server.shutdown()
-    server.server_close()
-    assert counts.num_undelivered == 0
-    assert [body["path"] for body in got] == [row["path"] for row in rows_of(out)]
-    assert {body["result"] for body in got} <= {"good", "anomalous"}
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()

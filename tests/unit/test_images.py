@@ -61,6 +61,15 @@ def _png_16(array: np.ndarray, color_type: int) -> bytes:
             + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
 
 
+def _grey_tiff(num_pages: int) -> bytes:
+    """Of 1×1 px each, which share one pixel."""
+    tags = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 4, 277: 1, 278: 1, 279: 1}
+    page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in tags)
+    size = len(page) + 4
+    return struct.pack("<2sHI", b"II", 42, 8) + b"".join(
+        page + struct.pack("<I", 8 + size * number if number < num_pages else 0) for number in range(1, num_pages + 1))
+
+
 class TestModes:
     @FILES
     @given(format=st.sampled_from(LOSSLESS_8), height=SIDES, width=SIDES, seed=st.integers(0, 99), grey=st.booleans())
@@ -173,6 +182,14 @@ class TestPages:
         assert pixels.shape == (5, 4, 3)
         assert pixels[..., 0].min() > 250
         assert pixels[..., 2].max() < 5
+
+    def test_countless_pages_are_refused_and_not_counted(self, tmp_path):
+        (tmp_path / "a.tif").write_bytes(_grey_tiff(num_pages=100_000))  # Pillow would count for minutes
+        for read in (read_image, read_info):
+            with pytest.raises(UnreadableError, match="more than 1000 pages"):
+                read(tmp_path / "a.tif")
+        (tmp_path / "a.tif").write_bytes(_grey_tiff(num_pages=1000))
+        assert read_info(tmp_path / "a.tif").channels == 1000
 
     def test_too_many_pixels_over_all_pages(self, tmp_path, monkeypatch):
         pages = [PIL.Image.new("L", (20, 10)) for _ in range(8)]
@@ -324,6 +341,17 @@ class TestDamage:
             read_image(path)
         assert caught.value.reason
         assert caught.value.__cause__ is error
+
+    @pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+    def test_too_little_memory_is_told_from_damage(self, tmp_path, monkeypatch, error):
+        def fail(*_: object) -> None:
+            raise error
+
+        path = _saved(tmp_path / "a.png", _noise(4, 4))
+        monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+        with pytest.raises(UnreadableError, match="does not fit into memory") as raised:
+            read_image(path)
+        assert isinstance(raised.value.__cause__, MemoryError)
 
     def test_what_is_no_image_file(self, tmp_path):
         (tmp_path / "empty.png").touch()

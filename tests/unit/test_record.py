@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 
 from intra.deploy import record as module
-from intra.deploy.record import Entry, Record, export_csv, held
+from intra.deploy.record import Counts, Entry, Record, export_csv, held
 from intra.errors import InTraError
 from intra.inspection.detector import Defect
 
 DEFECT = Defect(1, 2, 3, 4, 12, 5.5)
 
 
+NO_VERDICT = dict.fromkeys(("score", "threshold", "is_anomalous", "p_value", "setup_alarm", "setup_reason")) | {
+    "defects": []}  # fmt: skip
+
+
 def entry(path: bytes, **changes: object) -> Entry:
     values = {"size_bytes": 10, "mtime_ns": 1_700_000_000_000_000_000, "score": 5.5, "threshold": 1.0,
-              "is_anomalous": True, "defects": [DEFECT], "error": None, "pictures": None, "model": "m"}
+              "is_anomalous": True, "p_value": 0.02, "setup_alarm": True, "setup_reason": "darker",
+              "defects": [DEFECT], "error": None, "pictures": None, "model": "m"}
     return Entry(path, **(values | changes))
 
 
@@ -58,9 +63,9 @@ def test_nothing_is_changed_or_deleted(record):
 def test_csv_holds_every_row_and_no_formula(record, tmp_path):
     name = os.fsencode("=cmd|'/c calc'!A1.png")
     record.add(entry(name), notify=False)
-    record.add(entry(b"b\xff.png", score=None, threshold=None, is_anomalous=None, defects=[],
-                     error="cannot read it, \"really\""), notify=False)
-    record.add(entry(b"c.png", is_anomalous=False, defects=[], mtime_ns=-(2**63)), notify=False)
+    record.add(entry(b"b\xff.png", **NO_VERDICT, error="cannot read it, \"really\""), notify=False)
+    record.add(entry(b"c.png", is_anomalous=False, setup_alarm=False, setup_reason="", defects=[], mtime_ns=-(2**63)),
+               notify=False)
     assert export_csv(record, tmp_path / "out.csv") == 3
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -68,6 +73,8 @@ def test_csv_holds_every_row_and_no_formula(record, tmp_path):
     assert rows[0]["path"] == "./=cmd|'/c calc'!A1.png"
     assert rows[0]["num_defects"] == "1"
     assert '"area_px": 12' in rows[0]["defects"]
+    assert [(row["p_value"], row["setup_alarm"], row["setup_reason"]) for row in rows] == [
+        ("0.02", "True", "darker"), ("", "", ""), ("0.02", "False", "")]
     assert rows[1]["error"] == 'cannot read it, "really"'
     assert rows[1]["path"] == r"./b\udcff.png"
     assert rows[2]["modified_at"] == "1677-09-21T00:12:43.145+00:00"
@@ -76,11 +83,17 @@ def test_csv_holds_every_row_and_no_formula(record, tmp_path):
 
 def test_counts(record):
     record.add(entry(b"a"), notify=True)
-    record.add(entry(b"b", is_anomalous=False), notify=True)
-    record.add(entry(b"c", is_anomalous=None, error="why"), notify=False)
-    record.mark_delivered(1)
-    counts = record.counts()
-    assert (counts.num_photos, counts.num_anomalous, counts.num_unreadable, counts.num_undelivered) == (3, 1, 1, 1)
+    record.add(entry(b"b", is_anomalous=False, setup_alarm=False), notify=True)
+    record.add(entry(b"c", **NO_VERDICT, error="why"), notify=True)
+    assert record.counts() == Counts(num_photos=3, num_anomalous=1, num_unreadable=1, num_setup_alarms=1,
+                                     num_undelivered=3, delivery_error=None)
+    record.mark_failed(1, error="HTTP 422", next_try_s=1.0, is_refused=True)
+    assert record.counts().delivery_error == "HTTP 422"
+    record.mark_failed(2, error="nobody there", next_try_s=1.0, is_refused=False)
+    assert record.counts().delivery_error == "nobody there"  # all wait for this one
+    for photo in (1, 2):
+        record.mark_delivered(photo)
+    assert (record.counts().num_undelivered, record.counts().delivery_error) == (1, None)
 
 
 def test_messages_come_in_order_and_wait_behind_a_failure(record):
@@ -129,6 +142,45 @@ def test_what_is_no_record_is_refused(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InTraError, match="is the record of"):
         Record(tmp_path / "record.sqlite", folder=tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def old_record(record: Record) -> Path:
+    """A record of version 1, with a row and its message."""
+    record.add(entry(b"a.png"), notify=True)
+    for column in ("p_value", "setup_alarm", "setup_reason"):
+        record._base.execute(f"ALTER TABLE photos DROP COLUMN {column}")
+    record._base.execute("PRAGMA user_version = 1")
+    return record.path
+
+
+def test_a_record_of_version_1_gets_the_new_columns_and_keeps_its_rows(old_record):
+    opened = Record(old_record)
+    opened.add(entry(b"b.png"), notify=True)
+    first, second = opened.rows()
+    assert (first["path"], first["score"], first["result"]) == ("a.png", 5.5, "anomalous")
+    assert (first["p_value"], first["setup_alarm"], first["setup_reason"]) == (None, None, None)
+    assert (second["p_value"], second["setup_alarm"], second["setup_reason"]) == (0.02, True, "darker")
+    assert opened.next_message(0.0, longest_wait_s=300.0).body["setup_alarm"] is None
+    assert opened.counts().num_setup_alarms == 1
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        opened._base.execute("UPDATE photos SET setup_alarm = 1")
+    opened.close()
+    Record(old_record).close()  # now of version 2
+
+
+def test_a_record_gets_all_of_the_new_columns_or_none(old_record, monkeypatch):
+    monkeypatch.setattr(module, "FROM_VERSION_1", f"{module.FROM_VERSION_1}ALTER TABLE absent ADD COLUMN x;\n")
+    with pytest.raises(InTraError, match="no such table"):
+        Record(old_record)
+    monkeypatch.undo()
+    Record(old_record).close()
+
+
+def test_a_record_of_a_later_version_is_refused(record):
+    record._base.execute("PRAGMA user_version = 3")
+    with pytest.raises(InTraError, match="another version"):
+        Record(record.path)
 
 
 def test_a_full_disk_is_an_error_and_what_is_there_stays(record, tmp_path):

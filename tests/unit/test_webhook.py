@@ -21,12 +21,14 @@ class Receiver:
 
     def __init__(self) -> None:
         self.codes: list[int] = []
+        self.pause_s = 0.0
         self.got: list[tuple[dict[str, str], dict[str, object]]] = []
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                time.sleep(receiver.pause_s)
                 receiver.got.append((dict(self.headers), body))
                 code = receiver.codes.pop(0) if receiver.codes else 200
                 if code == 0:  # takes it, and breaks the line before it answers
@@ -70,14 +72,16 @@ def record(tmp_path: Path) -> Iterator[Record]:
     opened.close()
 
 
-def deliver(record: Record, address: str, until: Callable[[], bool] = lambda: False) -> Courier:
+def deliver(
+    record: Record, address: str, until: Callable[[], bool] = lambda: False, on_trouble: Callable[[str], None] = print,
+) -> Courier:  # fmt: skip
     """Runs a courier, to the end of what is due or until something is so."""
-    courier = Courier(record.path, address)
+    courier = Courier(record.path, address, on_trouble)
     courier.start()
     deadline = time.monotonic() + 20
     while not until() and courier.is_alive() and until.__name__ != "<lambda>" and time.monotonic() < deadline:
         time.sleep(0.01)
-    courier.finish()
+    courier.finish(20.0)
     assert courier.error is None
     return courier
 
@@ -95,6 +99,7 @@ def test_each_is_delivered_in_order_with_all_that_the_row_says(record, receiver)
     assert headers["Idempotency-Key"] == body["id"]
     assert body["result"] == "anomalous"
     assert body["defects"][0]["area_px"] == 12
+    assert (body["p_value"], body["setup_alarm"], body["setup_reason"]) == (0.02, True, "darker")
     assert record.counts().num_undelivered == 0
     deliver(record, receiver.address)
     assert len(receiver.got) == 3  # never again
@@ -120,6 +125,48 @@ def test_one_that_is_refused_does_not_hold_up_the_others(record, receiver):
 
     deliver(record, receiver.address, until=all_delivered)
     assert receiver.paths == ["a", "b", "c", "a"]
+
+
+def test_each_reason_is_told_once_and_again_after_it_had_passed(record, receiver):
+    told: list[str] = []
+
+    def all_delivered() -> bool:
+        return record.counts().num_undelivered == 0
+
+    receiver.codes = [500, 500, 503, 500]
+    deliver(record, receiver.address, all_delivered, told.append)
+    assert len(told) == 2
+    assert "HTTP 500" in told[0]
+    assert "HTTP 503" in told[1]
+    record.add(entry(b"d"), notify=True)
+    record.add(entry(b"e"), notify=True)
+    receiver.codes = [500, 200, 500]
+    deliver(record, receiver.address, all_delivered, told.append)
+    assert len(told) == 4
+
+
+def test_at_the_end_a_slow_receiver_is_waited_for_until_a_stop_and_then_not_for_long(record, receiver):
+    receiver.pause_s = 0.5
+
+    def finish(within_s: float, stop: threading.Event | None) -> float:
+        courier = Courier(record.path, receiver.address, print)
+        courier.start()
+        started = time.monotonic()
+        courier.finish(within_s, stop=stop)
+        took_s = time.monotonic() - started
+        courier.join(5.0)
+        return took_s
+
+    assert finish(0.2, None) < 1.0  # all three would take 1.5 s
+    assert record.counts().num_undelivered >= 2  # the one on its way was the last
+    stop = threading.Event()
+    finish(0.0, stop)  # nobody stops it
+    assert record.counts().num_undelivered == 0
+    stop.set()
+    for path in (b"d", b"e", b"f"):
+        record.add(entry(path), notify=True)
+    assert finish(0.2, stop) < 1.0
+    assert record.counts().num_undelivered >= 2
 
 
 def test_the_pauses_grow_and_survive_a_restart(record, tmp_path, monkeypatch):
@@ -149,11 +196,11 @@ def test_name_and_password_go_into_a_header(record, receiver):
                                      "http://[::1/"])  # fmt: skip
 def test_other_addresses_are_refused(tmp_path, address):
     with pytest.raises(InTraError, match="webhook's address"):
-        Courier(tmp_path / "record.sqlite", address)
+        Courier(tmp_path / "record.sqlite", address, print)
 
 
 def test_what_ends_it_is_kept(tmp_path):
-    courier = Courier(tmp_path / "missing.sqlite", "http://127.0.0.1:9/")
+    courier = Courier(tmp_path / "missing.sqlite", "http://127.0.0.1:9/", print)
     courier.start()
-    courier.finish()
+    courier.finish(20.0)
     assert isinstance(courier.error, InTraError)

@@ -43,7 +43,8 @@ IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name 
 
 # What a stranger may send: formats of cameras and scanners whose decoders hold to the size that the header states.
 _SENT_FORMATS = tuple({"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"} & set(_FORMATS))
-_MOST_PAGES = 64  # of a TIFF that is sent; counting millions of empty ones would take minutes
+_MOST_SENT_PAGES = 64  # of a TIFF that is sent
+_MOST_PAGES = 1000  # of any TIFF: Pillow's time grows with the square of the pages, and empty ones take few bytes
 
 _ORIENTATION = 0x0112  # EXIF tag
 _EMPTY = "the file is empty (0 bytes)"
@@ -81,18 +82,23 @@ def opened_bytes(data: bytes, name: str) -> Iterator[PIL.Image.Image]:
             raise InTraError(_EMPTY)
         with PIL.Image.open(io.BytesIO(data), formats=_SENT_FORMATS) as image:
             if image.format == "TIFF":
-                _refuse_many_pages(image)
+                _refuse_many_pages(image, _MOST_SENT_PAGES)
             yield image
 
 
 @contextmanager
 def reasons(source: str | Path) -> Iterator[None]:
-    """Turns any exception into an UnreadableError; on damaged bytes Pillow raises nearly every type there is."""
+    """Turns any exception into an UnreadableError; on damaged bytes Pillow raises nearly every type there is.
+
+    Its `__cause__` is a MemoryError where the memory ran out.
+    """
     try:
         with _pillow_warnings:
             yield
     except Exception as error:
-        raise UnreadableError(source, _reason(error)) from error
+        # Pillow's codecs tell of too little memory by an OSError
+        cause = MemoryError(str(error)) if str(error).startswith("out of memory") else error
+        raise UnreadableError(source, _reason(cause)) from cause
 
 
 def shape_of(image: PIL.Image.Image) -> tuple[int, int, int, int]:
@@ -131,15 +137,15 @@ def checked_unit(values: Float[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*s
     return values.astype(np.float32, copy=False)
 
 
-def _refuse_many_pages(image: PIL.Image.Image) -> None:
-    """Raises InTraError for a TIFF of more than `_MOST_PAGES` pages, without counting them all."""
+def _refuse_many_pages(image: PIL.Image.Image, most: int) -> None:
+    """Raises InTraError for a TIFF of more pages, without counting them all."""
     try:
-        for page in range(1, _MOST_PAGES + 1):  # one by one: a seek beyond the end spoils Pillow's count (13.0)
+        for page in range(1, most + 1):  # one by one: a seek beyond the end spoils Pillow's count (13.0)
             image.seek(page)
     except EOFError:
         image.seek(0)
         return
-    raise InTraError(f"it has more than {_MOST_PAGES} pages")
+    raise InTraError(f"it has more than {most} pages")
 
 
 def _reason(error: Exception) -> str:
@@ -165,7 +171,10 @@ def _is_grey(image: PIL.Image.Image) -> bool:
 
 def _num_pages(image: PIL.Image.Image) -> int:
     """Pages that are the channels of one image: those of a TIFF that are all grey and alike, else 1."""
-    num_pages = getattr(image, "n_frames", 1) if image.format == "TIFF" and _is_grey(image) else 1
+    if image.format != "TIFF" or not _is_grey(image):
+        return 1
+    _refuse_many_pages(image, _MOST_PAGES)
+    num_pages = getattr(image, "n_frames", 1)
     if num_pages == 1:
         return 1
     kinds = set()

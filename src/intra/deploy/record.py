@@ -25,10 +25,10 @@ __all__ = ["RECORD_FILE", "Counts", "Entry", "Message", "Record", "export_csv", 
 
 RECORD_FILE = "record.sqlite"
 LOCK_FILE = "watch.lock"
-RECORD_VERSION = 1  # of the tables below, kept in SQLite's user_version; others are refused
+RECORD_VERSION = 2  # of the tables below, kept in SQLite's user_version; 1 becomes 2, others are refused
 BUSY_S = 30.0  # how long one connection waits for another's transaction
-CSV_FIELDS = ("id", "path", "result", "score", "threshold", "num_defects", "defects", "error", "pictures",
-              "inspected_at", "modified_at", "size_bytes", "model")  # fmt: skip
+CSV_FIELDS = ("id", "path", "result", "score", "threshold", "p_value", "setup_alarm", "setup_reason", "num_defects",
+              "defects", "error", "pictures", "inspected_at", "modified_at", "size_bytes", "model")  # fmt: skip
 TABLES = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE photos (
@@ -42,6 +42,7 @@ CREATE TABLE photos (
     pictures TEXT,  -- below the record's folder, without _overlay.png and so on
     model TEXT NOT NULL,  -- SHA-256 of the model file
     inspected_at TEXT NOT NULL,
+    p_value REAL, setup_alarm INTEGER, setup_reason TEXT,  -- as score; also null in rows of version 1
     UNIQUE (path, size_bytes, mtime_ns)
 );
 CREATE TRIGGER photos_are_not_changed BEFORE UPDATE ON photos BEGIN SELECT RAISE(ABORT, 'append-only'); END;
@@ -56,6 +57,11 @@ CREATE TABLE outbox (
 );
 CREATE INDEX undelivered ON outbox (is_refused, photo) WHERE delivered_at IS NULL;
 """
+FROM_VERSION_1 = """
+ALTER TABLE photos ADD COLUMN p_value REAL;
+ALTER TABLE photos ADD COLUMN setup_alarm INTEGER;
+ALTER TABLE photos ADD COLUMN setup_reason TEXT;
+"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,9 @@ class Entry:
     score: float | None
     threshold: float | None
     is_anomalous: bool | None
+    p_value: float | None
+    setup_alarm: bool | None
+    setup_reason: str | None
     defects: Sequence[Defect]
     error: str | None
     pictures: str | None
@@ -81,7 +90,9 @@ class Counts:
     num_photos: int
     num_anomalous: int
     num_unreadable: int
+    num_setup_alarms: int
     num_undelivered: int  # messages that the webhook has not yet taken
+    delivery_error: str | None  # why the first of them that was tried was not taken
 
 
 @dataclass(frozen=True)
@@ -119,11 +130,11 @@ class Record:
             (version,) = self._base.execute("PRAGMA user_version").fetchone()
             (num_tables,) = self._base.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if not version and not num_tables and folder is not None:
-                for statement in _statements(TABLES):
-                    self._base.execute(statement)
+                self._make(TABLES)
                 about = {"id": uuid.uuid4().hex, "folder": printable(folder.resolve())}
                 self._base.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-                self._base.execute(f"PRAGMA user_version = {RECORD_VERSION}")
+            elif version == 1:
+                self._make(FROM_VERSION_1)
             elif not version and not num_tables:
                 raise InTraError(f"{self.path} is empty: `intra watch` has recorded nothing there yet")
             elif version != RECORD_VERSION:
@@ -132,6 +143,11 @@ class Record:
         if folder is not None and self.about["folder"] != printable(folder.resolve()):
             raise InTraError(f"{self.path} is the record of {self.about['folder']}; choose another --out for "
                              f"{folder}")
+
+    def _make(self, script: str) -> None:
+        for statement in _statements(script):
+            self._base.execute(statement)
+        self._base.execute(f"PRAGMA user_version = {RECORD_VERSION}")
 
     def close(self) -> None:
         self._base.close()
@@ -159,9 +175,12 @@ class Record:
 
     def counts(self) -> Counts:
         with self._errors():
-            photos = self._base.execute("SELECT count(*), coalesce(sum(is_anomalous), 0), count(error) FROM photos")
+            photos = self._base.execute("SELECT count(*), coalesce(sum(is_anomalous), 0), count(error), "
+                                        "coalesce(sum(setup_alarm), 0) FROM photos")
             waiting = self._base.execute("SELECT count(*) FROM outbox WHERE delivered_at IS NULL")
-            return Counts(*photos.fetchone(), *waiting.fetchone())
+            error = self._base.execute("SELECT last_error FROM outbox WHERE delivered_at IS NULL AND last_error IS NOT "
+                                       "NULL ORDER BY is_refused, photo LIMIT 1")
+            return Counts(*photos.fetchone(), *waiting.fetchone(), *(error.fetchone() or (None,)))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row, in the order of the ids, one after the other: memory does not grow with their number."""
@@ -268,11 +287,12 @@ def held(out: Path) -> Iterator[None]:
 def _row(values: Sequence[Any]) -> dict[str, Any]:
     """A row of photos as it is told to others, fit for JSON."""
     (number, path, size_bytes, mtime_ns, score, threshold, is_anomalous, defects, error, pictures, model,
-     inspected_at) = values  # fmt: skip
+     inspected_at, p_value, setup_alarm, setup_reason) = values  # fmt: skip
     result = "unreadable" if error is not None else "anomalous" if is_anomalous else "good"
     return {"id": number, "path": printable(fsdecode(path)), "result": result, "score": score, "threshold": threshold,
-            "defects": json.loads(defects), "error": error, "pictures": pictures, "inspected_at": inspected_at,
-            "modified_at": _time_of(mtime_ns), "size_bytes": size_bytes, "model": model}
+            "p_value": p_value, "setup_alarm": None if setup_alarm is None else bool(setup_alarm),
+            "setup_reason": setup_reason, "defects": json.loads(defects), "error": error, "pictures": pictures,
+            "inspected_at": inspected_at, "modified_at": _time_of(mtime_ns), "size_bytes": size_bytes, "model": model}
 
 
 def _time_of(mtime_ns: int) -> str:

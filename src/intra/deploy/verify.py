@@ -59,7 +59,7 @@ def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
         ("code", "intra {intra}, torch {torch}, python {python}, on {device} {machine}".format(**known)),
         ("code sha256", _code(made)),
         ("created", "{created}, after {steps} steps, best at {best_step}".format(**known)),
-        ("recalibrated", made.get("recalibrated", "no")),
+        ("recalibrated", _recalibrated(made)),
         ("exported", _exported(manifest.get("export"))),
         ("settings", f"preset {manifest['config'].get('preset', '?')}; each of them with --json"),
         ("calibration", f"threshold {threshold['value']:.6g} from {threshold['num_images']} held-out images: at most "
@@ -83,6 +83,16 @@ def training_images_of(manifest: Mapping[str, Any], data: str | Path, *, normal:
     }
     return [f"{len(names)} {what} ({', '.join(names[:MOST_NAMED])}{', …' * (len(names) > MOST_NAMED)})"
             for what, names in groups.items() if names]
+
+
+def _recalibrated(made: Mapping[str, Any]) -> str:
+    """By new good images, as `intra calibrate` does, and by new settings of the scoring, the latest last."""
+    found = []
+    if record := made.get("calibrated"):
+        found.append(f"{record.get('created', '?')} by {record.get('num_images', '?')} new good images")
+    if record := made.get("recalibrated"):
+        found.append(f"{record.get('created', '?')} by its own images, with the settings {record.get('settings', '?')}")
+    return "; ".join(sorted(found)) or "no"
 
 
 def _exported(record: Mapping[str, Any] | None) -> str:

@@ -13,22 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from intra.data.decode import UnreadableError
 from intra.data.files import printable, remove_leftovers, sha256_of
 from intra.data.images import read_image
 from intra.deploy.arrivals import Arrivals, Photo, fingerprint
 from intra.deploy.record import RECORD_FILE, Counts, Entry, Record, held
-from intra.deploy.webhook import Courier
+from intra.deploy.webhook import FINAL_S, Courier
 from intra.errors import InTraError
 from intra.evaluation.predict import PICTURES_FOLDER, save_pictures
 from intra.inspection.detector import Detector, Prediction
-from intra.inspection.device import OutOfMemoryError
+from intra.inspection.device import OutOfMemoryError, is_out_of_memory
 from intra.inspection.model_file import model_file
 from intra.training.interrupt import stop_on_signal
 
 __all__ = ["Verdict", "Watcher", "watch"]
 
-MOST_TRIES = 3  # for a file that the system does not give out; what it gives out and is damaged is not tried again
+MOST_TRIES = 3  # for a file that the system does not give out, or no memory for; a damaged one is not tried again
+MEASURED = ("score", "threshold", "is_anomalous", "p_value", "setup_alarm", "setup_reason")  # recorded as they are
 LEAST_REST = 9.0  # times as long as the look itself: looking into a large folder takes a tenth of the time at most
 
 
@@ -72,10 +72,11 @@ def watch(
 ) -> Counts:
     """Watches until SIGINT or SIGTERM (ends after the photo in progress) or, with `once`, until nothing new is left.
 
+    What the webhook has not yet got is then sent: all that is due, after a signal for `FINAL_S` at most.
     Writes `out`/record.sqlite, and with `save_images` pictures into `out`/images. `on_verdict` is called with each
-    verdict after it is on the disk; `on_trouble` with what hinders, and does not end, the watching. Raises InTraError
-    if folder or model are missing, `out` is in use, cannot be written or belongs to another folder, or the disk is
-    full; nothing that was reported is lost, and the same call goes on.
+    verdict after it is on the disk; `on_trouble` with what hinders, and does not end, the watching, also from the
+    webhook's thread. Raises InTraError if folder or model are missing, `out` is in use, cannot be written or belongs to
+    another folder, or the disk is full; nothing that was reported is lost, and the same call goes on.
     """
     digest = sha256_of(model_file(Path(run)))
     detector = Detector.load(run, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
@@ -84,18 +85,19 @@ def watch(
     with held(watcher.out), stop_on_signal() as stop:
         remove_leftovers(watcher.out / PICTURES_FOLDER, older_than_s=0.0)  # nobody else writes here
         record = Record(watcher.out / RECORD_FILE, folder=watcher.folder)
-        courier = Courier(record.path, watcher.webhook) if watcher.webhook else None
+        on_trouble = on_trouble or _ignore
+        courier = Courier(record.path, watcher.webhook, on_trouble) if watcher.webhook else None
         try:
             if courier:
                 courier.start()
-            _Round(detector, digest, record, watcher, courier, on_verdict or _ignore, on_trouble or _ignore).go_on(stop)
+            _Round(detector, digest, record, watcher, courier, on_verdict or _ignore, on_trouble).go_on(stop)
             if courier:
-                courier.finish()
+                courier.finish(FINAL_S, stop=stop)
                 _raise(courier)
             return record.counts()
         finally:
             if courier:
-                courier.finish()
+                courier.finish(0.0)
             record.close()
 
 
@@ -113,7 +115,7 @@ class _Round:
             settle_s=watcher.settle_s,
             skipped=frozenset(place.resolve() for place in (watcher.out, watcher.out / PICTURES_FOLDER)),
         )  # fmt: skip
-        self.tries: dict[Photo, int] = {}  # photos that the system did not give out
+        self.tries: dict[Photo, int] = {}  # photos that the system did not give out, or no memory for
 
     def go_on(self, stop: threading.Event) -> None:
         trouble = ""
@@ -147,18 +149,16 @@ class _Round:
     def _inspect(self, photo: Photo) -> bool:
         """Whether the photo is done with: it has its row, or is gone."""
         _raise(self.courier)
-        found = self._verdict(photo)
+        found = self._verdict_or_no_memory(photo)
         if fingerprint(photo.path) != (photo.size_bytes, photo.mtime_ns):
             self.on_trouble(f"{printable(photo.path)} vanished or changed while it was inspected; no verdict")
             return True  # changed, it is another photo and is waited for as such
-        if isinstance(found, UnreadableError) and self._is_withheld(found) and not self._was_last_try(photo):
+        if isinstance(found, InTraError) and self._may_pass(found) and not self._was_last_try(photo):
             return False
         prediction, error = (None, found) if isinstance(found, InTraError) else (found, None)
         number = self.record.add(Entry(
             photo.key, photo.size_bytes, photo.mtime_ns,
-            score=prediction.score if prediction else None,
-            threshold=prediction.threshold if prediction else None,
-            is_anomalous=prediction.is_anomalous if prediction else None,
+            **{name: getattr(prediction, name, None) for name in MEASURED},
             defects=prediction.defects if prediction else (),
             error=None if error is None else printable(str(error)),
             pictures=_pictures(photo) if prediction and self.watcher.save_images else None,
@@ -169,12 +169,22 @@ class _Round:
         self.on_verdict(Verdict(number, photo.path, prediction, None if error is None else printable(str(error))))
         return True
 
+    def _verdict_or_no_memory(self, photo: Photo) -> Prediction | InTraError:
+        """As `_verdict`; wherever the memory ran out, that is why there is none."""
+        try:
+            return self._verdict(photo)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return OutOfMemoryError(f"cannot inspect {photo.path}: it does not fit into memory; close other programs, "
+                                    "pass --device cpu, or make the photo smaller")
+
     def _verdict(self, photo: Photo) -> Prediction | InTraError:
         """The verdict, with its pictures on the disk, or why there is none."""
         try:
             image = read_image(photo.path)
             prediction = self.detector.predict(image)
-        except OutOfMemoryError:  # says nothing of the photo
+        except OutOfMemoryError:  # its message names no photo
             raise
         except InTraError as error:
             return error
@@ -183,9 +193,10 @@ class _Round:
         return prediction
 
     @staticmethod
-    def _is_withheld(error: UnreadableError) -> bool:
-        """Whether the system did not give the file out (no permission, a broken line): that may pass."""
-        return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
+    def _may_pass(error: InTraError) -> bool:
+        """Whether the system did not give the file out (no permission, a broken line), or no memory for it."""
+        cause = error.__cause__ or error
+        return is_out_of_memory(cause) or (isinstance(cause, OSError) and cause.errno is not None)
 
     def _was_last_try(self, photo: Photo) -> bool:
         self.tries = {known: count for known, count in self.tries.items() if known in self.arrivals.waiting}

@@ -1,26 +1,30 @@
 """Messages to a web address: each at least once, in order, with growing pauses while nobody answers.
 
 What is to be sent lies in the record's outbox, so nothing is lost by a crash on either side. A crash between the
-receiver's answer and the mark in the record sends a message twice; its "id" is then the same.
+receiver's answer and the mark in the record sends a message twice; its "id" is then the same. So does an end that does
+not wait for the answer.
 """
 
 import base64
 import http.client
 import json
+import math
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from intra.deploy.record import Message, Record
 from intra.errors import InTraError
 
-__all__ = ["Courier"]
+__all__ = ["FINAL_S", "Courier"]
 
 TIMEOUT_S = 10.0  # for an answer
+FINAL_S = 10.0  # for all that is still due after a signal
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0  # after a failure; doubled with each try
 NOT_NOW = frozenset({408, 425, 429})  # of the 4xx, those that speak of the moment, not of the message
 LOOK_EVERY_S = 1.0
@@ -29,33 +33,43 @@ LOOK_EVERY_S = 1.0
 class Courier(threading.Thread):
     """Sends what lies in the outbox, beside the inspection: a slow receiver holds nothing up.
 
-    Raises InTraError for an address that is no http or https one.
+    Calls `on_trouble`, in its own thread, with each new reason why a message was not taken. Raises InTraError for an
+    address that is no http or https one.
     """
 
-    def __init__(self, record: Path, address: str) -> None:
+    def __init__(self, record: Path, address: str, on_trouble: Callable[[str], None]) -> None:
         super().__init__(name="courier", daemon=True)
         self.record = record
+        self.on_trouble = on_trouble
         self.address, self.headers = _address(address)
         self.error: Exception | None = None  # that ended it early
         self._wake = threading.Event()
         self._is_ending = threading.Event()
+        self._end_s = math.inf  # of time.monotonic()
+        self._told: set[str] = set()
 
     def wake(self) -> None:
         """Tells it that there is something new."""
         self._wake.set()
 
-    def finish(self) -> None:
-        """Lets it try all that is due, until the first failure, and waits for it."""
+    def finish(self, within_s: float, *, stop: threading.Event | None = None) -> None:
+        """Lets it try all that is due, until the first failure; waits for it until `stop`, and then for `within_s`.
+
+        A message that is on its way after that is not waited for, and is the last.
+        """
         self._is_ending.set()
         self._wake.set()
+        while stop and not stop.is_set() and self.is_alive():
+            self.join(0.1)
+        self._end_s = time.monotonic() + within_s
         if self.ident is not None:  # it was started
-            self.join()
+            self.join(within_s)
 
     def run(self) -> None:
         try:
             record = Record(self.record)
             try:
-                while True:
+                while time.monotonic() < self._end_s:
                     self._wake.clear()
                     ending = self._is_ending.is_set()  # read before the last look
                     if not self._send_one(record):
@@ -75,9 +89,14 @@ class Courier(threading.Thread):
         failure, is_refused = self._post(message)
         if failure is None:
             record.mark_delivered(message.photo)
+            if message.num_tries:  # what was in the way is gone: the next time it is new
+                self._told.clear()
             return True
         wait_s = min(FIRST_WAIT_S * 2 ** min(message.num_tries, 20), LONGEST_WAIT_S)
         record.mark_failed(message.photo, error=failure, next_try_s=time.time() + wait_s, is_refused=is_refused)
+        if failure not in self._told:
+            self._told.add(failure)
+            self.on_trouble(f"the webhook did not take a message: {failure}; it is tried again")
         return is_refused
 
     def _post(self, message: Message) -> tuple[str | None, bool]:

@@ -63,7 +63,7 @@ def page(browser, address):
     page.wait_for_selector("body.ready")
     yield page
     page.context.close()
-    assert [line for line in wrong if "422" not in line] == []
+    assert [line for line in wrong if "422" not in line and "503" not in line] == []
 
 
 def add(page, files: list[Path]) -> None:
@@ -216,6 +216,43 @@ def test_what_cannot_be_read_is_said(page, parts, tmp_path):
     page.wait_for_selector("#verdict:is(.good, .bad)")
     page.wait_for_selector("#photo[src^='/pictures/']")
     assert page.text_content("#counts").endswith("1 not read")
+
+
+def test_a_setup_alarm_stands_beside_the_verdict(page, parts, detector, tmp_path):
+    dark = tmp_path / "dark.png"
+    PIL.Image.open(parts[0]).point(lambda value: value // 3).save(dark)
+    expected = detector.predict(dark)
+    assert expected.setup_alarm
+    add(page, [parts[0]])
+    assert page.is_hidden("#setup")
+    add(page, [dark])
+    assert page.text_content("#setup") == f"Setup: {expected.setup_reason} – look at light, focus and pose first"
+    assert page.locator("tbody .setup").all_text_contents() == ["", f"setup: {expected.setup_reason}"]
+    with page.expect_download() as download:
+        page.click("#download")
+    rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text())))
+    assert [(row["setup_alarm"], row["setup_reason"]) for row in rows] == [("false", ""), (
+        "true", expected.setup_reason)]
+    assert float(rows[1]["p_value"]) == pytest.approx(expected.p_value)
+    page.set_viewport_size({"width": 320, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    assert contrast(page, "tbody tr:last-child .setup", ".card") >= 4.5
+
+
+@pytest.mark.parametrize(("headers", "tries"), [({"Retry-After": "0.1"}, 5), ({}, 1)])
+def test_a_busy_server_is_not_asked_for_ever(page, parts, headers, tries):
+    asked = []
+
+    def refuse(route):
+        asked.append(route.request.url)
+        route.fulfill(status=503, headers=headers, json={"detail": "64 photos wait already; try again"})
+
+    page.route("**/inspect?*", refuse)
+    add(page, [parts[0]])
+    assert page.text_content("#word") == "NOT READ"
+    assert page.text_content("#why") == "64 photos wait already; try again"
+    page.wait_for_timeout(500)
+    assert len(asked) == tries
 
 
 def test_names_are_text(page, parts):

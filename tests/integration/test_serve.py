@@ -62,12 +62,29 @@ def test_the_verdict_is_the_detectors(client, detector, photo):
     assert said["is_anomalous"] == expected.is_anomalous
     assert said["threshold"] == expected.threshold
     assert said["false_reject_rate"] == detector.calibration.false_reject_rate
+    assert said["p_value"] == expected.p_value
+    assert (said["setup_alarm"], said["setup_reason"]) == (expected.setup_alarm, expected.setup_reason) == (False, "")
     assert [defect["area_px"] for defect in said["defects"]] == [defect.area_px for defect in expected.defects]
     assert np.array_equal(picture(client, said["pictures"]["mask"])[..., 0] > 0, expected.mask)
     assert np.array_equal(picture(client, said["pictures"]["repaired"]), expected.repaired)
     scale = said["map_scale"]
     values = scale["offset"] + scale["step"] * picture(client, said["pictures"]["map"])[..., 0]
     assert np.allclose(values, expected.anomaly_map, atol=2 * scale["step"])
+
+
+def test_a_setup_alarm_is_told_and_counted(client, detector, photo, tmp_path):
+    dark = tmp_path / "dark.png"
+    PIL.Image.open(photo).point(lambda value: value // 3).save(dark)
+    expected = detector.predict(dark)
+    before = setup_alarms(client)
+    said = client.post("/inspect?pictures=", content=dark.read_bytes()).json()
+    assert (said["setup_alarm"], said["setup_reason"]) == (True, expected.setup_reason)
+    client.post("/inspect?pictures=", content=photo.read_bytes())
+    assert setup_alarms(client) == before + 1
+
+
+def setup_alarms(client) -> int:
+    return int(re.search(r"^intra_setup_alarms_total (\d+)$", client.get("/metrics").text, re.M)[1])
 
 
 def test_a_form_and_inline_pictures(client, photo):
@@ -165,8 +182,10 @@ def test_every_answer_carries_the_security_headers(client, photo):
 
 
 def test_other_pages_may_not_ask(client, photo):
-    for origin in ("http://evil.com", "null", "http://localhost:9999", "http://localhost.evil.com"):
-        assert client.post("/inspect", content=photo.read_bytes(), headers={"origin": origin}).status_code == 403
+    for origin in ("http://evil.com", "null", "http://localhost:9999", "http://localhost.evil.com", "http://["):
+        refused = client.post("/inspect", content=photo.read_bytes(), headers={"origin": origin})
+        assert refused.status_code == 403
+        assert "content-security-policy" in refused.headers
     assert client.get("/health", headers={"origin": "http://localhost"}).status_code == 200
     for host in ("evil.com", "localhost.evil.com", "evil.com:80@localhost", "localhost:x", ""):  # DNS rebinding
         assert client.get("/model", headers={"host": host}).status_code == 421
@@ -203,6 +222,20 @@ def test_what_goes_wrong_inside_stays_inside(detector, photo, monkeypatch, caplo
             assert answer.status_code == 500
             assert answer.json() == {"detail": "the server failed; its log says why"}
     assert "a secret" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["intra.data.decode._plane", "intra.deploy.serve.worker.draw"])
+def test_too_little_memory_says_nothing_of_the_photo(client, photo, monkeypatch, where):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(where, fail)
+    answer = client.post("/inspect", content=photo.read_bytes())
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert "memory does not suffice" in answer.json()["detail"]
+    monkeypatch.undo()
+    assert client.post("/inspect", content=photo.read_bytes()).status_code == 200
 
 
 def post(address, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
@@ -275,6 +308,17 @@ def test_a_full_queue_says_when_to_come_back(detector, photo, monkeypatch):
         assert post(address, data)[0] == 200
 
 
+def test_a_slow_verdict_is_not_to_be_tried_again(detector, photo, monkeypatch):
+    free, predict = threading.Event(), detector.predict_batch
+    monkeypatch.setattr(detector, "predict_batch", lambda images: free.wait(30) and predict(images))
+    limits = Limits(answer_s=0.2)
+    with served(create_app(detector, name="gear", limits=limits), limits) as address:
+        status, headers, said = post(address, photo.read_bytes())
+        free.set()
+    assert (status, "retry-after" in headers) == (503, False)
+    assert b"no verdict within 0.2 s" in said
+
+
 def test_who_leaves_is_not_inspected(detector, photo, monkeypatch):
     entered, free, seen = threading.Event(), threading.Event(), []
     predict = detector.predict_batch
@@ -287,14 +331,15 @@ def test_who_leaves_is_not_inspected(detector, photo, monkeypatch):
 
     monkeypatch.setattr(detector, "predict_batch", wait)
     data = photo.read_bytes()
-    with served(create_app(detector, name="gear")) as address, ThreadPoolExecutor(2) as pool:
+    limits = Limits(waiting=1)
+    with served(create_app(detector, name="gear", limits=limits), limits) as address, ThreadPoolExecutor(2) as pool:
         first = pool.submit(post, address, data)
         assert entered.wait(30)
         with socket.create_connection(address) as leaver:
             leaver.sendall(head_of(len(data)) + data)
             time.sleep(0.3)
         time.sleep(0.3)
-        second = pool.submit(post, address, data)
+        second = pool.submit(post, address, data)  # there is room for it
         time.sleep(0.3)
         free.set()
         assert first.result()[0] == second.result()[0] == 200

@@ -1,25 +1,32 @@
 """The server's parts, one by one, without a model."""
 
+import asyncio
+import gc
 import struct
+import threading
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
+import python_multipart
+from fastapi import HTTPException, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
 from intra.data.images import UnreadableError, read_bytes, read_image
 from intra.deploy.serve.drawing import KINDS, draw
 from intra.deploy.serve.guard import check_token, is_loopback
-from intra.deploy.serve.intake import plain_name
+from intra.deploy.serve.intake import MOST_FIELDS, Intake, plain_name
 from intra.deploy.serve.limits import Limits
 from intra.deploy.serve.metrics import Histogram, Metrics
 from intra.deploy.serve.server import bound_socket
 from intra.deploy.serve.store import PictureStore
+from intra.deploy.serve.worker import BusyError, Inspector
 from intra.errors import InTraError
 from intra.evaluation.pictures import encode_png
-from intra.inspection.detector import Prediction
+from intra.inspection.detector import Detector, Prediction
 
 
 def png(height: int, width: int) -> bytes:
@@ -73,6 +80,92 @@ def test_a_tiff_of_countless_pages_is_refused(tmp_path):
     assert read_bytes(path.read_bytes(), name="pages", max_pixels=80).shape == (4, 4, 5)
     with pytest.raises(UnreadableError, match="5 pages of 4x4"):
         read_bytes(path.read_bytes(), name="pages", max_pixels=79)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_three_grey_pages_are_no_colours(tmp_path, mode):
+    path = tmp_path / "pages.tiff"
+    page = PIL.Image.new(mode, (4, 4))
+    page.save(path, save_all=True, append_images=[page] * 2)
+    assert read_bytes(path.read_bytes(), name="pages", max_pixels=48).shape == (4, 4, 3)
+    if mode == "RGB":  # its first page alone is decoded
+        assert read_bytes(path.read_bytes(), name="pages", max_pixels=16).shape == (4, 4, 3)
+    else:
+        with pytest.raises(UnreadableError, match="3 pages of 4x4"):
+            read_bytes(path.read_bytes(), name="pages", max_pixels=47)
+
+
+def form(part: bytes, count: int) -> Request:
+    """A multipart form of that many parts."""
+    body = (b"--x\r\nContent-Disposition: form-data; " + part + b"\r\n\r\n1\r\n") * count + b"--x--\r\n"
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    return Request({"type": "http", "method": "POST", "headers": headers, "query_string": b""}, receive)
+
+
+@pytest.mark.parametrize(("part", "kind", "most"), [(b'name="f"; filename="a.png"', "File", 2),
+                                                    (b'name="f"', "Field", MOST_FIELDS + 1)])
+def test_a_form_of_many_parts_is_not_read_to_its_end(monkeypatch, part, kind, most):
+    made = []
+    whole = getattr(python_multipart.multipart, kind)
+
+    class Counted(whole):
+        def __init__(self, *args, **kwargs):
+            made.append(kind)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(python_multipart.multipart, kind, Counted)
+    intake = Intake(Limits())
+    with pytest.raises(HTTPException, match=r"400: .*more"), intake.held() as held:
+        asyncio.run(intake.read(form(part, 10_000), held))
+    assert len(made) == most
+
+
+class Stuck(Detector):
+    """Inspects until it is freed, and then fails."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(model=SimpleNamespace(channels=3))
+        self.entered, self.free = threading.Event(), threading.Event()
+
+    def predict_batch(self, images):
+        self.entered.set()
+        self.free.wait(30)
+        raise RuntimeError("enough")
+
+
+def test_who_leaves_takes_bytes_and_place_along():
+    inspector = Inspector(detector := Stuck(), max_waiting=3, max_pixels=100)
+    photo = encode_png(np.zeros((2, 2, 3), np.uint8), compress_level=1)
+    sent = [bytes(1000) for _ in range(3)]
+
+    async def leave():
+        first = asyncio.create_task(inspector.inspect(photo, name="", kinds=()))
+        assert await asyncio.to_thread(detector.entered.wait, 30)
+        tasks = [asyncio.create_task(inspector.inspect(data, name="", kinds=())) for data in sent]
+        await asyncio.sleep(0)
+        assert inspector.num_waiting == 3
+        with pytest.raises(BusyError):
+            inspector.refuse_if_busy()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert inspector.num_waiting == 0
+        inspector.refuse_if_busy()
+        del task, tasks
+        assert [gc.get_referrers(data) for data in sent] == [[sent]] * 3
+        detector.free.set()
+        with pytest.raises(RuntimeError):
+            await first
+
+    inspector.start()
+    asyncio.run(leave())
+    inspector.close()
+    with pytest.raises(BusyError, match="the server stops"):
+        inspector.refuse_if_busy()
 
 
 def test_the_store_forgets_the_oldest():

@@ -76,7 +76,7 @@ def read_bytes(data: bytes, *, name: str, max_pixels: int) -> Shaped[np.ndarray,
     """
     with opened_bytes(data, name) as file:
         height, width, channels, _ = shape_of(file)
-        num_pages = channels if file.format == "TIFF" and channels != 3 else 1
+        num_pages = channels if PIL.Image.getmodebase(file.mode) == "L" else 1  # only grey pages are channels
         if num_pages * height * width > max_pixels:
             pages = f"{num_pages} pages of " if num_pages > 1 else ""
             raise InTraError(f"it has {pages}{height}x{width} px; at most {max_pixels / 1e6:.3g} megapixels are taken")

@@ -56,7 +56,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorAnswer, "description": "The upload took too long."},
     413: {"model": ErrorAnswer, "description": "The upload is too large."},
     422: {"model": ErrorAnswer, "description": "No photo that can be inspected, or a wrong parameter."},
-    503: {"model": ErrorAnswer, "description": "Too many photos wait; try again after Retry-After seconds.",
+    503: {"model": ErrorAnswer, "description": "Too many photos, or too little memory: try again after Retry-After "
+                                               "seconds. Without that header the server stops, or was too slow.",
           "headers": {"Retry-After": {"schema": {"type": "integer"}}}},
 }  # fmt: skip
 _Result = TypeVar("_Result")
@@ -129,12 +130,13 @@ def _add_inspection(app: FastAPI, parts: _Parts) -> None:
                 found = await _unless_left(
                     request, inspector.inspect(upload.data, name=upload.name, kinds=kinds), limits.answer_s)
         except BusyError as error:
-            raise HTTPException(503, f"{inspector.num_waiting} photos wait already; try again",
-                                {"Retry-After": str(error.retry_after_s)}) from error
+            wait_s = error.retry_after_s
+            raise HTTPException(503, str(error), None if wait_s is None else {"Retry-After": str(wait_s)}) from error
         except UnfitPhotoError as error:
             metrics.verdicts["unreadable"] += 1
             _refuse_photo(upload.name, error)
         metrics.verdicts["defect" if found.prediction.is_anomalous else "good"] += 1
+        metrics.setup_alarms += found.prediction.setup_alarm
         metrics.answer_s.add(time.perf_counter() - start)
         if inline:
             links = {kind: "data:image/png;base64," + base64.b64encode(png).decode()
@@ -242,7 +244,7 @@ async def _unless_left(request: Request, work: Awaitable[_Result], limit_s: floa
             return task.result()
         if left.done():
             raise HTTPException(400, "the client left")  # nobody reads this
-        raise HTTPException(503, f"no verdict within {limit_s:g} s; try again", {"Retry-After": "10"})
+        raise HTTPException(503, f"no verdict within {limit_s:g} s")
     finally:
         task.cancel()
         left.cancel()
@@ -260,8 +262,9 @@ def _threshold(threshold: Threshold) -> ThresholdAnswer:
 def _verdict(upload: Upload, found: Inspected, links: dict[str, str], threshold: Threshold) -> VerdictAnswer:
     verdict, scale = found.prediction, found.pictures.scale
     return VerdictAnswer(
-        name=upload.name, height=found.size[0], width=found.size[1], score=verdict.score,
+        name=upload.name, height=found.size[0], width=found.size[1], score=verdict.score, p_value=verdict.p_value,
         is_anomalous=verdict.is_anomalous, threshold=verdict.threshold, false_reject_rate=threshold.false_reject_rate,
+        setup_alarm=verdict.setup_alarm, setup_reason=verdict.setup_reason,
         defects=[DefectAnswer(**asdict(defect)) for defect in verdict.defects], pictures=links,
         map_scale=None if scale is None else MapScaleAnswer(offset=scale.offset, step=scale.step),
         seconds=SecondsAnswer(waiting=round(found.waited_s, 4), inspecting=round(found.inspected_s, 4)),

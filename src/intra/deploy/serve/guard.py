@@ -111,7 +111,7 @@ class Guard:
         elif not any(hmac.compare_digest(self.digest, _digest(given)) for given in _credentials(headers)):
             return HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN, or TOKEN as the password"
         origin = headers.get(b"origin")
-        if origin is not None and (origin == "null" or urlsplit(origin).netloc.lower() != host.lower()):
+        if origin is not None and (origin == "null" or _netloc(origin) != host.lower()):
             return HTTPStatus.FORBIDDEN, "pages of another origin may not ask"
         return None
 
@@ -131,6 +131,14 @@ def _credentials(headers: dict[bytes, str]) -> Iterable[bytes]:
             yield base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         except (binascii.Error, ValueError):
             return
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port, or None for what is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _is_netloc(host: str) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastapi import HTTPException, Request
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File, FormParser, parse_options_header
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -17,6 +17,7 @@ from intra.deploy.serve.limits import MIB, Limits
 __all__ = ["Intake", "Upload", "plain_name"]
 
 LONGEST_NAME = 200  # characters
+MOST_FIELDS = 20  # of a form, beside its file
 _RETRY = {"Retry-After": "2"}
 
 
@@ -104,21 +105,31 @@ def plain_name(name: str) -> str:
 
 
 def _first_file(body: bytes, boundary: bytes) -> Upload:
-    """The only file of a multipart body. Raises HTTPException 400 if there is none, or several."""
+    """The only file of a multipart body. Raises HTTPException 400 if there is none, at the second one, and at too many
+    fields."""
     files: list[Upload] = []
+    num_fields = 0
+
+    def count(field: Field) -> None:
+        nonlocal num_fields
+        num_fields += 1
+        if num_fields > MOST_FIELDS:
+            raise HTTPException(400, f"the form has more than {MOST_FIELDS} fields; send the photo alone")
 
     def keep(file: File) -> None:
+        if files:
+            raise HTTPException(400, "expected one file in the form, found more; send one photo a request")
         file.file_object.seek(0)
         files.append(Upload(file.file_object.read(), plain_name((file.file_name or b"").decode("utf-8", "replace"))))
         file.close()
 
     try:
-        parser = FormParser("multipart/form-data", None, keep, boundary=boundary,
+        parser = FormParser("multipart/form-data", count, keep, boundary=boundary,
                             config={"MAX_MEMORY_FILE_SIZE": len(body) + 1})  # never a temporary file
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise HTTPException(400, "the multipart form is damaged") from error
-    if len(files) != 1:
-        raise HTTPException(400, f"expected one file in the form, found {len(files)}; send one photo a request")
+    if not files:
+        raise HTTPException(400, "expected one file in the form, found none")
     return files[0]

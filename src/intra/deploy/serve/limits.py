@@ -16,7 +16,7 @@ class Limits:
     body_bytes: int = 32 * MIB  # of one upload
     pixels: int = 32_000_000  # of one photo, decoded; takes about 1 GB while it is inspected
     waiting: int = 64  # photos in the queue; more clients are told to come back
-    received_bytes: int = 256 * MIB  # of all uploads that are being received or wait
+    received_bytes: int = 256 * MIB  # of all bodies as they were sent, from the first byte to the verdict
     upload_s: float = 30.0  # for the body of one request
     answer_s: float = 120.0  # from the end of the upload to the verdict
     store_bytes: int = 256 * MIB  # of pictures that are kept for their links; the oldest are forgotten

@@ -24,6 +24,7 @@ from intra.inspection.model_file import MODEL_FILE
 __all__ = ["bound_socket", "make_server", "run_server"]
 
 STOP_S = 30  # for answers that are under way when the server is told to stop
+UNSENT_BYTES = 128 * 1024  # that the system takes ahead; by default megabytes, in lumps between which nothing moves
 
 
 def run_server(
@@ -98,7 +99,8 @@ class HastyProtocol(H11Protocol):
     """
 
     limits = Limits()
-    deadline: asyncio.TimerHandle | None = None
+    deadline: asyncio.TimerHandle | None = None  # of the client's sending
+    next_look: asyncio.TimerHandle | None = None  # at what it has not taken yet
 
     @classmethod
     def within(cls, limits: Limits) -> "type[HastyProtocol]":
@@ -107,6 +109,9 @@ class HastyProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that writing is paused, and nothing added, until all is taken
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         if len(self.connections) > self.limits.connections:
             transport.abort()
         else:
@@ -122,15 +127,30 @@ class HastyProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._set_deadline(self.limits.stalled_s)
+        self._look_later()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._set_deadline(None)
+        self._look_no_more()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._set_deadline(None)
+        self._look_no_more()
         super().connection_lost(exc)
+
+    def _look_later(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self.next_look = self.loop.call_later(self.limits.stalled_s, self._look, left)
+
+    def _look(self, left_before: int) -> None:
+        if self.transport.get_write_buffer_size() >= left_before:
+            self.transport.abort()
+        else:
+            self._look_later()
+
+    def _look_no_more(self) -> None:
+        if self.next_look is not None:
+            self.next_look.cancel()
 
     def _set_deadline(self, seconds: float | None) -> None:
         if self.deadline is not None:

@@ -7,9 +7,9 @@ photos take is that of one batch, however many clients there are: those who wait
 import asyncio
 import logging
 import math
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -20,18 +20,20 @@ from intra.data.images import convert_channels, read_bytes
 from intra.deploy.serve.drawing import Drawn, draw
 from intra.errors import InTraError
 from intra.inspection.detector import IMAGES_PER_BATCH, Detector, Prediction
+from intra.inspection.device import is_out_of_memory
 
 __all__ = ["BusyError", "Inspected", "Inspector", "Job", "UnfitPhotoError"]
 
 SMOOTHING = 0.1  # weight of the newest batch in the seconds that a photo takes
+MEMORY_RETRY_S = 10
 _log = logging.getLogger(__name__)
 
 
 class BusyError(Exception):
-    """As many photos wait as may wait, or the server stops; `retry_after_s` says when to come back."""
+    """Why no photo can be inspected now; `retry_after_s` says when to come back, None that nobody should."""
 
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"busy for about {retry_after_s} s")
+    def __init__(self, reason: str, retry_after_s: int | None) -> None:
+        super().__init__(reason)
         self.retry_after_s = retry_after_s
 
 
@@ -53,7 +55,7 @@ class Inspected(NamedTuple):
 class Job:
     """A photo that waits."""
 
-    data: bytes
+    data: bytes  # empty as soon as its client has left
     name: str
     kinds: tuple[str, ...]  # of pictures to draw
     future: "asyncio.Future[Inspected]"
@@ -71,9 +73,10 @@ class Inspector:
         self.max_pixels = max_pixels
         self.on_batch = on_batch
         self.seconds_per_photo = 0.1  # a first guess, for Retry-After alone
-        self._queue: queue.Queue[Job | None] = queue.Queue(max_waiting + 1)  # and the word to stop
         self.max_waiting = max_waiting
+        self._jobs: deque[Job] = deque()  # of clients that are still there
         self._closed = False
+        self._changed = threading.Condition()  # guards these two
         self._thread = threading.Thread(target=self._work, name="inspector", daemon=True)
 
     def start(self) -> None:
@@ -81,14 +84,14 @@ class Inspector:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Inspects what still waits, then ends."""
-        if not self._closed:
+        with self._changed:
             self._closed = True
-            self._queue.put(None)
-            self._thread.join(timeout_s)
+            self._changed.notify()
+        self._thread.join(timeout_s)
 
     @property
     def num_waiting(self) -> int:
-        return self._queue.qsize()
+        return len(self._jobs)
 
     @property
     def is_alive(self) -> bool:
@@ -96,36 +99,44 @@ class Inspector:
 
     def refuse_if_busy(self) -> None:
         """Raises BusyError if no photo could be added now."""
-        if self._closed or self.num_waiting >= self.max_waiting:
-            raise BusyError(max(1, math.ceil(self.num_waiting * self.seconds_per_photo)))
+        if self._closed:
+            raise BusyError("the server stops", None)
+        if self.num_waiting >= self.max_waiting:
+            raise BusyError(f"{self.num_waiting} photos wait already; try again",
+                            max(1, math.ceil(self.num_waiting * self.seconds_per_photo)))
 
     async def inspect(self, data: bytes, *, name: str, kinds: tuple[str, ...]) -> Inspected:
-        """The verdict. Raises BusyError at once if too many wait, and UnfitPhotoError; cancel it to leave the queue."""
-        self.refuse_if_busy()
-        future: asyncio.Future[Inspected] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(Job(data, name, kinds, future))
-        return await future
+        """The verdict. Raises BusyError at once if too many wait, or later if the memory does not suffice, and
+        UnfitPhotoError; cancel it to leave the queue."""
+        job = Job(data, name, kinds, asyncio.get_running_loop().create_future())
+        with self._changed:
+            self.refuse_if_busy()
+            self._jobs.append(job)
+            self._changed.notify()
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            with self._changed:
+                if job in self._jobs:
+                    self._jobs.remove(job)
+            job.data = b""
+            raise
 
     def _work(self) -> None:
-        stop = False
-        while not stop:
-            first = self._queue.get()
-            jobs = [] if first is None else [first]
-            stop = first is None
-            while not stop and len(jobs) < IMAGES_PER_BATCH and not self._queue.empty():
-                more = self._queue.get_nowait()
-                stop = more is None
-                jobs += [] if more is None else [more]
-            jobs = [job for job in jobs if not job.future.cancelled()]
-            if jobs:
-                start = time.perf_counter()
-                self._inspect_all(jobs, start)
-                elapsed_s = time.perf_counter() - start
-                self.seconds_per_photo += SMOOTHING * (elapsed_s / len(jobs) - self.seconds_per_photo)
-                if self.on_batch is not None:
-                    self.on_batch(len(jobs), elapsed_s)
-            first = more = None  # an idle thread must not keep the last photo
-            jobs.clear()
+        while jobs := self._next_jobs():
+            start = time.perf_counter()
+            self._inspect_all(jobs, start)
+            elapsed_s = time.perf_counter() - start
+            self.seconds_per_photo += SMOOTHING * (elapsed_s / len(jobs) - self.seconds_per_photo)
+            if self.on_batch is not None:
+                self.on_batch(len(jobs), elapsed_s)
+            jobs.clear()  # an idle thread must not keep the last photo
+
+    def _next_jobs(self) -> list[Job]:
+        """Those that wait, at most a batch, as soon as there are any; none at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            return [self._jobs.popleft() for _ in range(min(len(self._jobs), IMAGES_PER_BATCH))]
 
     def _inspect_all(self, jobs: list[Job], taken_at: float) -> None:
         """Decodes in turn; inspects together as many as have `max_pixels` between them."""
@@ -136,7 +147,8 @@ class Inspector:
                 photo = read_bytes(job.data, name=job.name, max_pixels=self.max_pixels)
                 convert_channels(photo[:1, :1], self.detector.config.model.channels)  # refuses what does not fit
             except InTraError as error:
-                _settle(job, UnfitPhotoError(getattr(error, "reason", str(error))))
+                _settle(job, _too_little_memory() if is_out_of_memory(error.__cause__ or error) else
+                        UnfitPhotoError(getattr(error, "reason", str(error))))
                 continue
             size = photo.shape[0] * photo.shape[1]
             if group and num_pixels + size > self.max_pixels:
@@ -155,10 +167,15 @@ class Inspector:
                 _settle(job, Inspected(_without_arrays(prediction), photo.shape[:2], pictures,
                                        waited_s=taken_at - job.queued_at,
                                        inspected_s=(time.perf_counter() - taken_at) / len(group)))
-        except Exception as error:  # the thread must live on; the client gets a 500, the log the reason
+        except Exception as error:  # the thread must live on; the client gets a 500 or 503, the log the reason
             _log.exception("inspection failed")
             for job, _ in group:
-                _settle(job, RuntimeError(f"inspection failed: {type(error).__name__}"))
+                _settle(job, _too_little_memory() if is_out_of_memory(error) else
+                        RuntimeError(f"inspection failed: {type(error).__name__}"))
+
+
+def _too_little_memory() -> BusyError:
+    return BusyError("the memory does not suffice for this photo now; try again", MEMORY_RETRY_S)
 
 
 def _without_arrays(prediction: Prediction) -> Prediction:

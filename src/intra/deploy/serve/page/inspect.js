@@ -1,7 +1,7 @@
 // Photos to the server and back: what was dropped, a few at a time, again when the server is busy.
 
 const AT_A_TIME = 3; // requests: enough to keep the server busy, few enough to leave room for others
-const LONGEST_WAIT_S = 20;
+const TRIES = 5; // of one photo, while the server is too busy
 const PHOTO = /\.(avif|bmp|gif|jp2|j2k|jpe?g|jfif|png|pgm|ppm|pnm|pbm|tiff?|webp)$/i;
 
 /** Files of a drop, those in dropped folders too, each as {file, name}. */
@@ -32,21 +32,22 @@ export function isPhoto({ file, name }) {
   return !/(^|\/)\./.test(name) && (PHOTO.test(name) || file.type.startsWith("image/"));
 }
 
-/** The server's verdict; throws an Error with a sentence for people. Waits and tries again while the server is busy. */
+/** The server's verdict; throws an Error with a sentence for people. Tries again a few times when the server says so. */
 export async function inspect(file, name, limits, pictures = "repaired,heat") {
   if (file.size > limits.upload_bytes) {
     throw new Error(`it has ${(file.size / 2 ** 20).toFixed(0)} MiB; the server takes ${(limits.upload_bytes / 2 ** 20).toFixed(0)}`);
   }
   const query = new URLSearchParams({ name, pictures });
-  for (;;) {
+  for (let tried = 1; ; tried++) {
     let answer;
     try {
       answer = await fetch(`/inspect?${query}`, { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
     } catch {
       throw Object.assign(new Error("the server does not answer"), { isServer: true });
     }
-    if (answer.status === 503) {
-      await pause(Math.min(Number(answer.headers.get("Retry-After")) || 1, LONGEST_WAIT_S) * (0.75 + Math.random() / 2));
+    const wait = answer.headers.get("Retry-After");
+    if (answer.status === 503 && wait && tried < TRIES) {
+      await pause(Number(wait) * (1 + Math.random() / 2)); // not all at once
       continue;
     }
     const said = await answer.json().catch(() => ({ detail: `the server answered ${answer.status}` }));

@@ -143,12 +143,14 @@ function draw() {
 }
 
 function drawVerdict() {
-  const { verdict, name, score, error } = chosen;
+  const { verdict, name, score, error, setup_alarm, setup_reason } = chosen;
   if ($("verdict").className !== verdict) $("verdict").className = verdict;
   $("sign").setAttribute("d", SIGNS[verdict]);
   if ($("word").textContent !== BIG[verdict]) $("word").textContent = BIG[verdict];
   $("name").textContent = name;
   $("why").textContent = verdict === "failed" ? error : score === undefined ? "" : `score ${number(score)}, threshold ${number(threshold)}`;
+  $("setup").textContent = setup_alarm ? `Setup: ${setup_reason} – look at light, focus and pose first` : "";
+  $("setup").hidden = !setup_alarm;
   document.title = `${BIG[verdict]} – ${name}`;
 }
 

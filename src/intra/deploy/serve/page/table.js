@@ -56,7 +56,7 @@ export class Table {
       row = document.createElement("tr");
       row.item = item;
       for (const kind of ["", "text name", "text", "", "wide", "wide"]) row.insertCell().className = kind;
-      row.cells[2].append(document.createElement("span"));
+      row.cells[2].append(document.createElement("span"), document.createElement("span"));
       this.rows.set(item, row);
     }
     const [order, name, verdict, score, defects, size] = row.cells;
@@ -65,6 +65,8 @@ export class Table {
     name.title = item.error ?? "";
     verdict.firstChild.className = `badge ${item.verdict}`;
     verdict.firstChild.textContent = WORDS[item.verdict];
+    verdict.lastChild.className = "setup";
+    verdict.lastChild.textContent = item.setup_alarm ? `setup: ${item.setup_reason}` : "";
     score.textContent = item.score === undefined ? "–" : number(item.score);
     defects.textContent = item.marked ?? "–";
     size.textContent = item.width ? `${item.height} × ${item.width}` : "–";
@@ -80,10 +82,11 @@ export class Table {
 
 /** The table as CSV (RFC 4180), in the order of the rows. */
 export function csv(items, threshold, rate) {
-  const head = ["photo", "verdict", "score", "threshold", "promised_false_reject_rate", "height_px", "width_px", "defects", "error"];
+  const head = ["photo", "verdict", "score", "p_value", "threshold", "promised_false_reject_rate", "height_px", "width_px", "defects",
+    "setup_alarm", "setup_reason", "error"];
   const lines = items.map((item) => [
-    item.name, WORDS[item.verdict], item.score, threshold, rate, item.height, item.width,
-    item.verdict === "good" ? 0 : item.marked, item.error,
+    item.name, WORDS[item.verdict], item.score, item.p_value, threshold, rate, item.height, item.width,
+    item.verdict === "good" ? 0 : item.marked, item.setup_alarm, item.setup_reason, item.error,
   ]);
   return [head, ...lines].map((line) => line.map(field).join(",")).join("\r\n") + "\r\n";
 }

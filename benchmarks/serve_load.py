@@ -55,7 +55,7 @@ class Client(threading.Thread):
             connection.request("POST", QUERY, photo)
             answer = connection.getresponse()
             said = answer.read()
-            if answer.status != http.HTTPStatus.SERVICE_UNAVAILABLE:
+            if answer.status != http.HTTPStatus.SERVICE_UNAVAILABLE or "Retry-After" not in answer.headers:
                 break
             self.num_busy += 1
             time.sleep(float(answer.headers["Retry-After"]))

@@ -16,6 +16,7 @@ from intra.inspection.distribution import (
     _moments,
     _random_pieces,
     _whitening,
+    _without,
     cell_grids,
 )
 
@@ -96,11 +97,11 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    shapes = [(64, 20), (64, 30), (4, 20), (4, 30)]  # 8 components and two colours, at each of two scales
+    shapes = [(64, 20), (64, 30), (4, 20), (4, 30), (1, 20), (1, 30)]  # 8 components and two colours, at each of two scales
     assert [part.mean.shape for part in distribution.parts] == 2 * shapes
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
-    assert evidence.mean() == pytest.approx(8 * np.log(2), rel=0.4)  # log(1 + 1), two scales, grids and descriptions
+    assert evidence.mean() == pytest.approx(12 * np.log(2), rel=0.4)  # log(1 + 1), two scales, grids and descriptions
 
 
 def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
@@ -117,6 +118,39 @@ def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
         return float((found.mean() - clean.mean()) / clean.std())
 
     assert contrast(8, 32) > 2 * abs(contrast(8))
+
+
+def test_a_large_defect_does_not_pass_for_a_change_of_the_whole_image():
+    """Photos of many exposures, and some of which three eighths are dark: that is no exposure, and the rest of the
+    photo, which would be odd at a darker one, gets less of the blame than by least squares.
+    """
+    def exposed(count: int, seed: int) -> torch.Tensor:
+        return striped(count, seed=seed) * (0.3 + 0.7 * noise(count, 1, 1, 1, seed=seed + 7))
+
+    distribution = fitted(exposed(80, 0), exposed(16, 50), num_modes=4)
+    bad = striped(20, seed=30)
+    bad[..., 40:] *= 0.4
+    features = distribution.describe(bad, blurred(bad))[0]
+    part = distribution.parts[0]
+    plain = part._squares(_without(part.modes, (features - part.mean[..., None]) / part.std[:, None]))
+    outside = (torch.arange(64) % 8 < 5)[:, None]  # of 8 x 8 cells those beside the dark columns
+
+    def blame(distances: torch.Tensor) -> float:
+        return float((distances * outside).sum() / distances.sum())
+
+    assert blame(part.distances(features)) < 0.95 * blame(plain)
+
+
+def test_a_strong_defect_of_a_small_place_hardly_moves_a_large_cell():
+    """Four times as strong a dot moves the large cell's mean logarithm by no more than its own small cell's share."""
+    photos = striped(1)
+    describe = described(striped(20), distribution_scales=(1,), cell_sizes=(8, 64))
+    clean = describe(photos, None)
+    dotted = photos.clone()
+    dotted[..., 34:38, 34:38] += 0.4
+    small, _, large, _ = [(found - before).abs().amax((0, 2)).max() for found, before in
+                          zip(describe(dotted, None), clean, strict=True)]
+    assert large < small * 9 / 64  # a piece of 8 px reaches into at most nine of the 64 small cells
 
 
 def test_light_that_changes_everywhere_is_no_defect():
@@ -210,4 +244,4 @@ def test_without_a_region_pieces_are_drawn_from_everywhere():
 
 
 def test_a_grid_has_a_cell_at_least():
-    assert cell_grids((3, 5), (8, 1)) == ((1, 1), (3, 5))
+    assert cell_grids((3, 5), (8, 1)) == ((3, 5), (1, 1))  # the smallest cells first

@@ -6,7 +6,8 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
-docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md
+docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md,
+0016-large-regions.md
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ ENERGY_FLOOR = 0.01
 KNEE = 0.3
 FEATURES_OF_A_FILTER = (2, 3)  # in the two descriptions of a cell
 IMAGES_PER_MODE = 8  # at least
+ROBUST_STEPS = 4
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
@@ -98,9 +100,19 @@ class CellDistribution:
     whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance of what the modes leave
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
-        """The squared Mahalanobis distances, divided by D: about 1 for good images."""
-        away = (features - self.mean[..., None]) / self.std[:, None]
-        return (self.whitening @ _without(self.modes, away)).square().mean(1)
+        """The squared Mahalanobis distances, divided by D: about 1 for good images.
+
+        How far the image goes along the modes is found by robust regression, for a large defect would pass for one of
+        them: a cell of distance d counts 1/d (Huber's weight), by steepest descent, as the modes are orthonormal.
+        """
+        left = _without(self.modes, (features - self.mean[..., None]) / self.std[:, None])
+        weight = 1 / self._squares(left).clamp(min=1)[:, None]
+        for _ in range(ROBUST_STEPS):
+            left = _without(self.modes, left, weight)
+        return self._squares(left)
+
+    def _squares(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
+        return (self.whitening @ left).square().mean(1)
 
 
 @dataclass(frozen=True)
@@ -190,19 +202,22 @@ def _moments(
     return mean, std, modes, left @ left.transpose(1, 2) / max(1, count - 1)
 
 
-def _without(modes: Float[Tensor, "cells d modes"], away: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
-    """What lies across the modes."""
-    flat = modes.flatten(0, 1)
-    return away - modes @ (flat.T @ away.flatten(0, 1))
+def _without(
+    modes: Float[Tensor, "cells d modes"], away: Float[Tensor, "cells d b"],
+    weight: Float[Tensor, "cells 1 b"] | None = None,
+) -> Float[Tensor, "cells d b"]:  # fmt: skip
+    """What lies across the modes; with weights one step towards it."""
+    counted = away if weight is None else weight * away
+    return away - modes @ (modes.flatten(0, 1).T @ counted.flatten(0, 1))
 
 
 def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Rows and cols of cells of about each size in px that cover an image; at least one cell.
+    """Rows and cols of cells of about each size in px, the smallest first, that cover an image; at least one cell.
 
     >>> cell_grids((256, 240), (8, 32))
     ((32, 30), (8, 8))
     """
-    return tuple((max(1, round(image_size[0] / size)), max(1, round(image_size[1] / size))) for size in cell_sizes)
+    return tuple((max(1, round(image_size[0] / size)), max(1, round(image_size[1] / size))) for size in sorted(cell_sizes))
 
 
 def _whitening(
@@ -235,16 +250,19 @@ def _features(
     photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None, filters: Float[Tensor, "m c k k"],
     scale: int, grids: Sequence[tuple[int, int]],
 ) -> list[Float[Tensor, "_ _ b"]]:  # fmt: skip
-    """Both descriptions of the cells of each grid."""
+    """Both descriptions of the cells of each grid. A large cell is the mean of the smallest cells in it, of logarithms:
+    a small defect that is strong stands out in its own cell, and hardly moves the large one.
+    """
     responses = _responses(photos, filters, scale)
     sizes = [responses.abs()]
     if repaired is not None:
         sizes.append((responses - _responses(repaired, filters, scale)).abs())
+    energies = torch.cat([(_pooled(each, grids[0]) + ENERGY_FLOOR).log() for each in sizes], dim=1)
+    signed = (_pooled(responses, grids[0]) / KNEE).asinh()
     found = []
     for grid in grids:
-        energies = [(_pooled(each, grid) + ENERGY_FLOOR).log() for each in sizes]
-        signed = (_pooled(responses, grid) / KNEE).asinh()
-        found += [torch.cat(parts, dim=1).flatten(2).permute(2, 1, 0) for parts in (energies, [signed, *energies])]
+        both = _pooled(torch.cat([signed, energies], dim=1), grid).flatten(2).permute(2, 1, 0)  # (cells, D, B)
+        found += [both[:, signed.shape[1] :], both]
     return found
 
 

@@ -36,7 +36,8 @@ from intra.geometry import covering_windows, patchify
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.detector import Detector
 from intra.inspection.device import autocast, uses_bf16
-from intra.inspection.distribution import GoodPatches, PatchFeatures
+from intra.inspection.distribution import IMAGES_PER_MODE, GoodPatches, PatchFeatures
+from intra.inspection.setup import Setup
 from intra.models import build
 from intra.provenance import commit_of_the_code, processor
 from intra.training.engine import _optimizer, _step
@@ -95,14 +96,17 @@ def detector_of(config: Config, device: str) -> Detector:
     size = config.model.image_size
     reference = Reference(torch.zeros(len(kinds), *size), torch.ones(*size),
                           torch.ones(len(kinds), 2) if len(kinds) > 1 else None)
+    pixels = torch.from_numpy(photos(config)).permute(0, 3, 1, 2).float() / 255
     distribution = None
     if "distribution" in kinds:
-        pixels = torch.from_numpy(photos(config)).permute(0, 3, 1, 2).float() / 255
         describe = PatchFeatures.of(pixels, scoring=config.scoring, seed=0)
         features = describe(pixels, pixels.roll(1, 0))
-        distribution = GoodPatches(describe, features, num_modes=config.scoring.num_modes).fitted(features)
+        # as many as give all modes: their number decides the time
+        many = [each.repeat(1, 1, -(-IMAGES_PER_MODE * config.scoring.num_modes // NUM_PHOTOS)) for each in features]
+        many = [each + 0.01 * torch.randn_like(each) for each in many]
+        distribution = GoodPatches(describe, many, num_modes=config.scoring.num_modes).fitted(features)
     return Detector(build(config.model), config, reference=reference, held_out_scores=[1.0] * 20, provenance={},
-                    distribution=distribution, device=device)
+                    distribution=distribution, setup=Setup.of(pixels), device=device)
 
 
 def synchronised(device: torch.device, work: Callable[[], object]) -> float:

@@ -22,7 +22,7 @@ from intra.errors import InTraError
 from intra.geometry import touched_patches
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, difference_map, evidence_kinds, image_score
 from intra.inspection.calibration import Threshold, choose_threshold, moved_threshold, p_value
-from intra.inspection.device import autocast, in_chunks, pick_device
+from intra.inspection.device import autocast, for_inference, in_chunks, pick_device
 from intra.inspection.distribution import PatchDistribution
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.inspection.model_file import (
@@ -104,6 +104,7 @@ class Detector:
     ) -> None:
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
+        self._network = for_inference(self.model, self.device, config.scoring.precision)
         self.config = config
         self.reference = reference.to(self.device)
         self.distribution = distribution.to(self.device) if distribution else None
@@ -205,7 +206,7 @@ class Detector:
         """The repaired images and the anomaly maps of images in [0, 1], of the model's own size and on its device."""
         scoring = self.config.scoring
         kinds = evidence_kinds(scoring, has_segmenter=self.config.model.segmenter_width > 0)
-        repaired, evidence = repair(self.model, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
+        repaired, evidence = repair(self._network, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
                                     distribution=self.distribution, region=self.region)
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
                                      inside=self.region.inside if self.region else None)

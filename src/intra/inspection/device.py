@@ -1,15 +1,17 @@
 """Where, in which precision and in what portions the arithmetic runs."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
+from torch import nn
 
 from intra.errors import InTraError
 
-__all__ = ["OutOfMemoryError", "autocast", "in_chunks", "is_out_of_memory", "pick_device", "uses_bf16"]
+__all__ = ["OutOfMemoryError", "autocast", "for_inference", "in_chunks", "is_out_of_memory", "pick_device", "uses_bf16"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 # Torch has a type of error for GPUs alone; on the CPU its allocators raise RuntimeError with one of these.
@@ -48,6 +50,19 @@ def uses_bf16(device: torch.device, precision: Precision) -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """A context in which matrix products run in that precision; weights and sums stay fp32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(device, precision) else nullcontext()
+
+
+def for_inference(model: nn.Module, device: torch.device, precision: Precision) -> nn.Module:
+    """The network itself, or where its matrix products run in bf16 a copy whose matrices are rounded already, which
+    `autocast` would do anew at each call.
+    """
+    if not uses_bf16(device, precision):
+        return model
+    rounded = copy.deepcopy(model)
+    for part in rounded.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.to(torch.bfloat16)
+    return rounded
 
 
 def in_chunks(work: Callable[[int, int], _Result], count: int, size: int) -> Iterator[_Result]:

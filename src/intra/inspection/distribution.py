@@ -27,6 +27,7 @@ __all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "GoodPatches", "PatchDist
            "cell_grids"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
+STEP = 2  # px of the photo from one response to the next: the first components are smooth, so that none is missed
 NUM_PIECES = 20_000  # from which they are computed
 LARGEST_SAMPLE = 2**22  # values of all pieces together: of photos with many channels fewer pieces are taken
 MOST_COLOURS = 8  # of photos with many channels
@@ -39,7 +40,7 @@ ENERGY_FLOOR = 0.01
 KNEE = 0.3
 FEATURES_OF_A_FILTER = (2, 3)  # in the two descriptions of a cell
 IMAGES_PER_MODE = 8  # at least
-ROBUST_STEPS = 4
+ROBUST_STEPS = 2
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
@@ -217,7 +218,8 @@ def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tupl
     >>> cell_grids((256, 240), (8, 32))
     ((32, 30), (8, 8))
     """
-    return tuple((max(1, round(image_size[0] / size)), max(1, round(image_size[1] / size))) for size in sorted(cell_sizes))
+    height, width = image_size
+    return tuple((max(1, round(height / size)), max(1, round(width / size))) for size in sorted(cell_sizes))
 
 
 def _whitening(
@@ -261,7 +263,7 @@ def _features(
     signed = (_pooled(responses, grids[0]) / KNEE).asinh()
     found = []
     for grid in grids:
-        both = _pooled(torch.cat([signed, energies], dim=1), grid).flatten(2).permute(2, 1, 0)  # (cells, D, B)
+        both = _pooled(torch.cat([signed, energies], dim=1), grid).flatten(2).permute(2, 1, 0).contiguous()
         found += [both[:, signed.shape[1] :], both]
     return found
 
@@ -272,7 +274,7 @@ def _responses(
     before, after = (PIECE_SIDE - 1) // 2, PIECE_SIDE // 2
     with torch.autocast(images.device.type, enabled=False):  # whitening divides small differences by small spreads
         padded = F.pad(reduced(images, scale), (before, after, before, after), mode="replicate")
-        return F.conv2d(padded, filters)
+        return F.conv2d(padded, filters, stride=max(1, STEP // scale))
 
 
 def _pooled(maps: Float[Tensor, "b m h w"], grid: tuple[int, int]) -> Float[Tensor, "b m rows cols"]:

@@ -16,7 +16,7 @@ from intra.models.riad import draw_cell_sets, inpaint_cells
 
 __all__ = ["Hiding", "inpaint", "log_odds", "repaired_views"]
 
-TOKENS_PER_BATCH = {"cpu": 4608, "cuda": 131072}  # 18 or 512 whole grids of 16 x 16: where each stops getting faster
+TOKENS_PER_BATCH = {"cpu": 3072, "cuda": 131072}  # 12 or 512 whole grids of 16 x 16: where each stops getting faster
 CELL_SEED = 0  # the same cells for every inspection, so that an image always gets the same score
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -38,10 +39,14 @@ class Attention(nn.Module):
         query, key, value = (  # (B, heads, T, width)
             part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
-        # Written out: the heads of MFSA differ in width, which the fused kernels refuse, and for so few tokens this is
-        # several times faster on a CPU, forwards and backwards, than scaled_dot_product_attention : docs/decisions/0002
-        weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1), dim=-1)  # (B, heads, T, T)
-        mixed = (weights @ value).transpose(1, 2).flatten(-2)  # (B, T, D)
+        scale = query.shape[-1] ** -0.5
+        if _fused_is_faster(query):
+            lacking = value.shape[-1] - query.shape[-1]  # the fused kernel wants heads of one width; zeros add nothing
+            query, key = (F.pad(each, (0, lacking)) for each in (query, key))
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        else:
+            mixed = torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1) @ value  # (B, heads, T, width)
+        mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.proj(mixed if places is None else mixed.flatten(0, 1)[places])
 
 
@@ -178,6 +183,12 @@ def long_residual_pairs(depth: int) -> dict[int, int]:
     {6: 0, 5: 1, 4: 2}
     """
     return {depth - 1 - first: first for first in range(depth // 2) if depth - 1 - first > first + 1}
+
+
+def _fused_is_faster(query: Tensor) -> bool:
+    """Only forwards, in bf16, on a processor with matrix tiles; elsewhere attention written out is: decision 0002."""
+    return (query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling() and torch.cpu._is_amx_tile_supported())
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:

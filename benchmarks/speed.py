@@ -125,7 +125,7 @@ def peak(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
-    return 2 * side**3 / min(synchronised(device, lambda: torch.mm(a, b)) for _ in range(5)) / 1e9
+    return 2 * side**3 / min(synchronised(device, lambda: torch.mm(a, b)) for _ in range(20)) / 1e9
 
 
 def counted(work: Callable[[], object]) -> float:

@@ -1,12 +1,11 @@
 """How quick exported models are, and what they cost in accuracy: a table and a JSON file.
 
-    python benchmarks/export_speed.py RUN DATA --out benchmarks/results/export/speed.json
+    python benchmarks/export_speed.py RUN DATA --out benchmarks/results/export/NAME
 
 RUN is a run's folder, DATA the category that it was trained on, with tests. Each export is checked as `intra export`
 checks it; one that is refused is named with its reason. Then the same photos go through the run's own model and through
-every file, one by one and in batches, each contender in turn, round after round, so that other work on the machine
-meets all alike. A time is the median over the rounds of the process's CPU time on one thread: what one core needs, also
-where other programs take their share of it. Wall time is in the JSON.
+every file, from reduced photo to anomaly map, one by one and in batches, each contender in turn, round after round, so
+that other work on the machine meets all alike. A time is the median over the rounds, on all cores.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from intra.data.folder import find_category
 from intra.data.images import prepare, read_image, to_unit
 from intra.deploy.export import SUFFIXES, TOLERANCES, ParityError, export
 from intra.inspection.detector import Detector
+from intra.inspection.device import uses_bf16
 from intra.provenance import commit_of_the_code, processor
 
 BATCHES = (1, 8)
@@ -35,7 +35,9 @@ BATCHES = (1, 8)
 
 def exported(run: Path, data: Path, folder: Path) -> tuple[dict[str, Detector], dict[str, Any]]:
     """The run's own model and those files that pass the check, by name; what the check found of each."""
-    contenders, checks = {"torch fp32": Detector.load(run, device="cpu")}, {}
+    own = Detector.load(run, device="cpu")
+    own_precision = "bf16" if uses_bf16(own.device, own.config.scoring.precision) else "fp32"
+    contenders, checks = {f"torch {own_precision}": own}, {}
     for file_format, suffix in SUFFIXES.items():
         for precision in TOLERANCES:
             name, file = f"{file_format} {precision}", folder / f"{precision}{suffix}"
@@ -51,17 +53,16 @@ def exported(run: Path, data: Path, folder: Path) -> tuple[dict[str, Detector], 
 
 
 def times(contenders: dict[str, Detector], photos: torch.Tensor, rounds: int) -> dict[str, Any]:
-    """ms an image of each contender and batch: median CPU and wall time; the first round warms up."""
-    samples: dict[str, dict[int, list[tuple[float, float]]]] = {name: {b: [] for b in BATCHES} for name in contenders}
+    """ms an image of each contender and batch: medians; the first round warms up."""
+    samples: dict[str, dict[int, list[float]]] = {name: {batch: [] for batch in BATCHES} for name in contenders}
     for _ in range(rounds + 1):
         for name, detector in contenders.items():
             for batch in BATCHES:
-                wall, cpu = time.perf_counter(), time.process_time()
+                started = time.perf_counter()
                 detector.inspect(photos[:batch])
-                samples[name][batch].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return {name: {str(batch): {"cpu_ms": 1000 * statistics.median(each[0] for each in found[1:]) / batch,
-                                "wall_ms": 1000 * statistics.median(each[1] for each in found[1:]) / batch}
-                   for batch, found in batches.items()} for name, batches in samples.items()}
+                samples[name][batch].append(time.perf_counter() - started)
+    return {name: {str(batch): 1000 * statistics.median(found[1:]) / batch for batch, found in batches.items()}
+            for name, batches in samples.items()}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -70,7 +71,7 @@ def table(found: dict[str, Any]) -> str:
              "before → after |", "|---|---|---|---|---|---|"]
     for name, speed in found["times"].items():
         check = found["checks"].get(name)
-        ms = " | ".join(f"{speed[str(batch)]['cpu_ms']:.1f}" for batch in BATCHES)
+        ms = " | ".join(f"{speed[str(batch)]:.1f}" for batch in BATCHES)
         lines.append(f"| {name} | {ms} | " + ("— | — | — |" if check is None else (
             f"{check['size_mib']:.1f} | {check['largest_difference']:.1e} | {check['image_auroc_before']:.4f} → "
             f"{check['image_auroc']:.4f} |")))
@@ -93,16 +94,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         contenders, checks = exported(arguments.run, arguments.data, Path(folder))
-        config = contenders["torch fp32"].config.model
+        config = next(iter(contenders.values())).config.model
         paths = [test.path for test in find_category(arguments.data).test][: max(BATCHES)]
         photos = torch.stack([to_unit(prepare(read_image(path), size=config.image_size, channels=config.channels))
                               for path in paths])
         found = {"times": times(contenders, photos, arguments.rounds), "checks": checks, "hardware": hardware(),
                  "image_size": config.image_size, "rounds": arguments.rounds}
-    write_atomically(arguments.out, json.dumps(found, indent=2) + "\n")
+    write_atomically(arguments.out / "speed.json", json.dumps(found, indent=2) + "\n")
+    write_atomically(arguments.out / "table.md", table(found) + "\n")
     print(table(found))
     print(found["hardware"])
 

@@ -1,12 +1,14 @@
 """What each part of the method is worth: the paper's ablations, and those that it lacks.
 
-    python benchmarks/ablations.py DATA/bottle DATA/toothbrush --out benchmarks/results/ablations [--seeds 0,1,2]
-    python benchmarks/ablations.py --methods    # the list, without measuring
+    python benchmarks/ablations.py DATA/bottle DATA/transistor --out benchmarks/results/ablations --seeds 0,1,2
+    python benchmarks/ablations.py DATA/bottle --out … --only msa,l2    # some of them
+    python benchmarks/ablations.py --methods                            # the list, without measuring
 
 Every method is the preset `fast` with the settings below, and the same minutes of training, validation included. All
-but the two called distribution look at the difference of photo and repaired image alone (the deviation of 1 − GMS), as
+but `fast` itself and distribution_and_difference look at the difference of photo and repaired image alone (the deviation of 1 − GMS), as
 the paper does: the default's distribution also sees the photo itself, and would hide what the network is worth. Goes on
-where it was stopped, as `intra benchmark` does. docs/results.md shows the tables.
+where it was stopped, as `intra benchmark` does, and takes the weights of finished cells of the same training, such as those of
+the table of `fast`, where they lie in the same folder. docs/results.md shows the tables.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from intra.evaluation.benchmark import Event, benchmark
 
-MINUTES = 0.6
+MINUTES = 3.0
 DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
 
 
@@ -53,12 +55,12 @@ SCORINGS: dict[str, dict[str, str]] = {
 }
 
 
-def methods() -> list[str]:
-    """As `intra benchmark --method` takes them."""
+def methods(only: str | None = None) -> list[str]:
+    """As `intra benchmark --method` takes them; all, or those with these names."""
     found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in (NETWORKS | SCORINGS).items()}
-    found |= {"distribution": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
+    found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
     return [" ".join([f"{name}:", "fast", *(f"{key}={value}" for key, value in settings.items())])
-            for name, settings in found.items()]
+            for name, settings in found.items() if only is None or name in only.split(",")]
 
 
 def tell(event: Event) -> None:
@@ -73,12 +75,13 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablations"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of training, for each cell")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--only", help="names of methods, with commas between")
     parser.add_argument("--methods", action="store_true", help="print them, and end")
     given = parser.parse_args()
     if given.methods:
         print("\n".join(methods()))
         sys.exit()
-    outcome = benchmark(given.data, out=given.out, methods=methods(), minutes=given.minutes, jobs=given.jobs,
+    outcome = benchmark(given.data, out=given.out, methods=methods(given.only), minutes=given.minutes, jobs=given.jobs,
                         seeds=[int(seed) for seed in given.seeds.split(",")], on_cell=tell)
     sys.exit(1 if outcome.failed else 0)

@@ -6,8 +6,7 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
-docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md,
-0016-large-regions.md
+docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md
 """
 
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def main() -> None:
         judge = judge_of_model(args.runs / category.name) if args.runs else judge_of_setup(category)
         print(f"\n{category.name}: {len(category.train)} good photos, {judge.size[0]}×{judge.size[1]} px, alarm above "
               f"{judge.setup.threshold:.2f}\n", flush=True)
-        print("| photos | | setup alarm | called DEFECT | named |\n|---|---|---|---|---|", flush=True)
+        print("| photos | | SETUP | DEFECT | good | named |\n|---|---|---|---|---|---|", flush=True)
         good = [image.path for image in category.test if not image.label]
         for name, change in changes().items():
             verdicts = [judge.verdict(changed(read_image(path), change)) for path in good]
@@ -116,15 +116,22 @@ def row(name: str, verdicts: list[tuple[str, bool | None]]) -> dict[str, Any]:
     reasons = Counter(reason for reason, _ in verdicts if reason)
     found = {"photos": name, "num": len(verdicts), "num_alarms": reasons.total(), "reasons": dict(reasons),
              "num_defect": None, "num_defect_and_alarm": None}
-    called = "–"
     if all(is_anomalous is not None for _, is_anomalous in verdicts):
         found["num_defect"] = sum(bool(is_anomalous) for _, is_anomalous in verdicts)
         found["num_defect_and_alarm"] = sum(bool(is_anomalous and reason) for reason, is_anomalous in verdicts)
-        called = (f"{found['num_defect'] / len(verdicts):.0%}, with the alarm "
-                  f"{found['num_defect_and_alarm'] / len(verdicts):.0%}")
-    listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    print(f"| {name} | {len(verdicts)} | {reasons.total() / len(verdicts):.0%} | {called} | {listed} |", flush=True)
+    print(line(found), flush=True)
     return found
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row of the table: the verdicts, which are SETUP wherever the alarm is raised."""
+    num, num_alarms = found["num"], found["num_alarms"]
+    shares = [f"{num_alarms / num:.0%}", "–", "–"]
+    if found["num_defect"] is not None:
+        num_defects = found["num_defect"] - found["num_defect_and_alarm"]
+        shares[1:] = [f"{num_defects / num:.0%}", f"{(num - num_alarms - num_defects) / num:.0%}"]
+    listed = ", ".join(f"{reason} {count}" for reason, count in Counter(found["reasons"]).most_common())
+    return f"| {found['photos']} | {num} | {' | '.join(shares)} | {listed} |"
 
 
 if __name__ == "__main__":

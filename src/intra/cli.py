@@ -26,6 +26,7 @@ from intra.terminal import (
     make_console,
     say,
     say_error,
+    say_verdict,
     training_bar,
 )
 
@@ -166,25 +167,21 @@ def predict(
 
     detector = Detector.load(run, device=device, threshold=threshold, false_reject_rate=false_reject_rate)
     console = make_console()
-    num_anomalous = 0
+    counts: Counter[str] = Counter()
     with bar("inspecting", unit="images/s") as step:
 
         def show(verdict: FileVerdict, done: int, total: int) -> None:
-            nonlocal num_anomalous
             step(done, total)
-            setup = f"  SETUP: {verdict.prediction.setup_reason}" if verdict.prediction and (
-                verdict.prediction.setup_alarm) else ""
-            if verdict.prediction is None:
-                say(console, f"not inspected  {verdict.error}", style="yellow")
-            elif verdict.prediction.is_anomalous:
-                num_anomalous += 1
-                say(console, f"DEFECT  {verdict.prediction.score:.4g}  {verdict.path}{setup}", style="red")
-            else:
-                say(console, f"good    {verdict.prediction.score:.4g}  {verdict.path}{setup}")
+            say_verdict(console, verdict.path, verdict.prediction, verdict.error)
+            if verdict.prediction:
+                counts[verdict.prediction.verdict] += 1
 
         unreadable = predict_files(detector, images, out, save_images=save_images, on_verdict=show)
-    console.print(f"{num_anomalous} anomalous (score above {detector.threshold:.4g}: {detector.calibration.promise})",
-                  highlight=False, markup=False)
+    say(console, f"{counts['defect']} with defects, {counts['good']} good (threshold {detector.threshold:.4g}: "
+                 f"{detector.calibration.promise})")
+    if counts["setup"]:
+        say(console, f"{counts['setup']} with another light, focus or pose than the good photos: no verdict on the "
+                     "part", style="magenta")
     say(console, f"wrote {out / 'predictions.jsonl'}")
     if unreadable:
         raise InTraError(f"{len(unreadable)} of the files could not be inspected, e.g. {unreadable[0]}; all are named "

@@ -16,6 +16,7 @@ from intra.terminal import (
     ThresholdOption,
     make_console,
     say,
+    say_verdict,
 )
 
 if TYPE_CHECKING:
@@ -63,12 +64,7 @@ def watch(  # noqa: PLR0913, PLR0917  the options of the command
         nonlocal num_unreadable
         if verdict.prediction is None:
             num_unreadable += 1
-            say(console, f"not inspected  {verdict.error}", style="yellow")
-        else:
-            found = verdict.prediction
-            setup = f"  SETUP: {found.setup_reason}" if found.setup_alarm else ""
-            say(console, f"{'DEFECT' if found.is_anomalous else 'good  '}  {found.score:.4g}  {verdict.path}{setup}",
-                style="red" if found.is_anomalous else None)
+        say_verdict(console, verdict.path, verdict.prediction, verdict.error)
 
     watcher = Watcher(folder, out, settle_s=settle, poll_s=poll, once=once, save_images=save_images, webhook=webhook)
     counts = watch_folder(run, watcher, device=device, threshold=threshold, false_reject_rate=false_reject_rate,
@@ -123,8 +119,8 @@ def verify(
 
 
 def _say_counts(folder: Path, counts: "Counts") -> None:
-    setup = f", {counts.num_setup_alarms} with a setup alarm" if counts.num_setup_alarms else ""
+    setup = f", {counts.num_setup} with another light, focus or pose" if counts.num_setup else ""
     waiting = f", {counts.num_undelivered} messages not yet delivered" if counts.num_undelivered else ""
     reason = f" (last error: {counts.delivery_error})" if counts.delivery_error else ""
-    say(make_console(), f"{folder}: {counts.num_photos} photos, {counts.num_anomalous} anomalous, "
+    say(make_console(), f"{folder}: {counts.num_photos} photos, {counts.num_defective} with defects, "
                         f"{counts.num_unreadable} not inspected{setup}{waiting}{reason}")

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from intra.evaluation.benchmark import Event
+    from intra.inspection.detector import Prediction
     from intra.training.engine import Report
 
 __all__ = ["AnomalousOption", "DataArgument", "DeviceOption", "MasksOption", "NormalOption", "OutOption", "RateOption",
            "RunArgument", "ThresholdOption", "bar", "cells_bar", "loss_text", "make_console", "say", "say_error",
-           "training_bar"]
+           "say_verdict", "training_bar"]
 
 DataArgument = Annotated[Path, typer.Argument(
     metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
@@ -48,6 +51,17 @@ def say(console: Any, text: str, style: str | None = None) -> None:
     from intra.data.files import printable
 
     console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_verdict(console: "Console", path: Path | str, prediction: "Prediction | None", error: str | None) -> None:
+    """Prints what was found on one photo, in one line."""
+    if prediction is None:
+        say(console, f"not inspected  {error}", style="yellow")
+        return
+    word, style = {"good": ("good  ", None), "defect": ("DEFECT", "red"), "setup": ("SETUP ", "magenta")}[
+        prediction.verdict]
+    reason = f"  ({prediction.setup_reason})" if prediction.setup_alarm else ""
+    say(console, f"{word}  {prediction.score:.4g}  {path}{reason}", style=style)
 
 
 def say_error(message: str) -> None:

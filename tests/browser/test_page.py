@@ -218,7 +218,7 @@ def test_what_cannot_be_read_is_said(page, parts, tmp_path):
     assert page.text_content("#counts").endswith("1 not read")
 
 
-def test_a_setup_alarm_stands_beside_the_verdict(page, parts, detector, tmp_path):
+def test_a_setup_alarm_is_the_verdict(page, parts, detector, tmp_path):
     dark = tmp_path / "dark.png"
     PIL.Image.open(parts[0]).point(lambda value: value // 3).save(dark)
     expected = detector.predict(dark)
@@ -226,8 +226,17 @@ def test_a_setup_alarm_stands_beside_the_verdict(page, parts, detector, tmp_path
     add(page, [parts[0]])
     assert page.is_hidden("#setup")
     add(page, [dark])
-    assert page.text_content("#setup") == f"Setup: {expected.setup_reason} – look at light, focus and pose first"
-    assert page.locator("tbody .setup").all_text_contents() == ["", f"setup: {expected.setup_reason}"]
+    assert page.text_content("#word") == "SETUP"
+    assert page.text_content("#setup").startswith(f"{expected.setup_reason} – ")
+    assert page.text_content("#counts") == "1 good · 1 setup"
+    assert page.text_content("#rejected") == "rejects 0 of 1"
+    assert page.locator("tbody .badge").all_text_contents() == ["good", "setup"]
+    assert page.locator("tbody .reason").all_text_contents() == ["", expected.setup_reason]
+    page.fill("#threshold", "0")  # however low the threshold, it remains what it is; its regions are shown
+    assert page.text_content("#word") == "SETUP"
+    assert page.text_content("#rejected") == "rejects 1 of 1"
+    assert page.locator("#defects li:not(.none)").count()
+    page.click("#reset")
     with page.expect_download() as download:
         page.click("#download")
     rows = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text())))
@@ -236,7 +245,8 @@ def test_a_setup_alarm_stands_beside_the_verdict(page, parts, detector, tmp_path
     assert float(rows[1]["p_value"]) == pytest.approx(expected.p_value)
     page.set_viewport_size({"width": 320, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
-    assert contrast(page, "tbody tr:last-child .setup", ".card") >= 4.5
+    assert contrast(page, "tbody tr:last-child .reason", ".card") >= 4.5
+    assert contrast(page, "#word", "#verdict") >= 4.5
 
 
 @pytest.mark.parametrize(("headers", "tries"), [({"Retry-After": "0.1"}, 5), ({}, 1)])

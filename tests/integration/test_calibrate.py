@@ -84,7 +84,8 @@ def test_calibrate_and_audit_on_the_command_line(run, photos, new_good, tmp_path
     for path in sorted(new_good.iterdir())[:3]:
         PIL.Image.fromarray(np.asarray(PIL.Image.open(path)) // 3).save(dark / path.name)
     said = command("predict", tmp_path / "new.safetensors", dark, "--out", tmp_path / "verdicts")
-    assert "SETUP: darker" in said
+    assert "(darker)" in said
+    assert "3 with another light, focus or pose than the good photos: no verdict on the part" in said
     rows = [json.loads(line) for line in (tmp_path / "verdicts/predictions.jsonl").read_text().splitlines()]
     assert all(row["setup_alarm"] and row["setup_reason"] == "darker" for row in rows)
     assert all(1 / 13 <= row["p_value"] <= 1 for row in rows)

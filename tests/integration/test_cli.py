@@ -104,7 +104,7 @@ def test_predict_files_and_folders(trained, photos, tmp_path):
           "--save-images")
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert {"path", "score", "p_value", "is_anomalous", "threshold", "setup_alarm", "setup_reason",
+    assert {"path", "verdict", "score", "p_value", "is_anomalous", "threshold", "setup_alarm", "setup_reason",
             "defects"} <= rows[0].keys()
     for kind in ("overlay", "outline", "repaired", "mask"):
         with PIL.Image.open(tmp_path / "out" / "images" / f"part 0_{kind}.png") as picture:

@@ -64,6 +64,7 @@ def test_the_verdict_is_the_detectors(client, detector, photo):
     assert said["false_reject_rate"] == detector.calibration.false_reject_rate
     assert said["p_value"] == expected.p_value
     assert (said["setup_alarm"], said["setup_reason"]) == (expected.setup_alarm, expected.setup_reason) == (False, "")
+    assert said["verdict"] == expected.verdict == ("defect" if expected.is_anomalous else "good")
     assert [defect["area_px"] for defect in said["defects"]] == [defect.area_px for defect in expected.defects]
     assert np.array_equal(picture(client, said["pictures"]["mask"])[..., 0] > 0, expected.mask)
     assert np.array_equal(picture(client, said["pictures"]["repaired"]), expected.repaired)
@@ -78,13 +79,14 @@ def test_a_setup_alarm_is_told_and_counted(client, detector, photo, tmp_path):
     expected = detector.predict(dark)
     before = setup_alarms(client)
     said = client.post("/inspect?pictures=", content=dark.read_bytes()).json()
-    assert (said["setup_alarm"], said["setup_reason"]) == (True, expected.setup_reason)
+    assert (said["verdict"], said["setup_alarm"], said["setup_reason"]) == ("setup", True, expected.setup_reason)
     client.post("/inspect?pictures=", content=photo.read_bytes())
     assert setup_alarms(client) == before + 1
 
 
 def setup_alarms(client) -> int:
-    return int(re.search(r"^intra_setup_alarms_total (\d+)$", client.get("/metrics").text, re.M)[1])
+    found = re.search(r'^intra_verdicts_total\{verdict="setup"\} (\d+)$', client.get("/metrics").text, re.M)
+    return int(found[1]) if found else 0
 
 
 def test_a_form_and_inline_pictures(client, photo):

@@ -69,7 +69,7 @@ def test_csv_holds_every_row_and_no_formula(record, tmp_path):
     assert export_csv(record, tmp_path / "out.csv") == 3
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [row["result"] for row in rows] == ["anomalous", "unreadable", "good"]
+    assert [row["result"] for row in rows] == ["setup", "unreadable", "good"]
     assert rows[0]["path"] == "./=cmd|'/c calc'!A1.png"
     assert rows[0]["num_defects"] == "1"
     assert '"area_px": 12' in rows[0]["defects"]
@@ -85,7 +85,7 @@ def test_counts(record):
     record.add(entry(b"a"), notify=True)
     record.add(entry(b"b", is_anomalous=False, setup_alarm=False), notify=True)
     record.add(entry(b"c", **NO_VERDICT, error="why"), notify=True)
-    assert record.counts() == Counts(num_photos=3, num_anomalous=1, num_unreadable=1, num_setup_alarms=1,
+    assert record.counts() == Counts(num_photos=3, num_defective=0, num_unreadable=1, num_setup=1,
                                      num_undelivered=3, delivery_error=None)
     record.mark_failed(1, error="HTTP 422", next_try_s=1.0, is_refused=True)
     assert record.counts().delivery_error == "HTTP 422"
@@ -158,11 +158,11 @@ def test_a_record_of_version_1_gets_the_new_columns_and_keeps_its_rows(old_recor
     opened = Record(old_record)
     opened.add(entry(b"b.png"), notify=True)
     first, second = opened.rows()
-    assert (first["path"], first["score"], first["result"]) == ("a.png", 5.5, "anomalous")
+    assert (first["path"], first["score"], first["result"]) == ("a.png", 5.5, "defect")
     assert (first["p_value"], first["setup_alarm"], first["setup_reason"]) == (None, None, None)
     assert (second["p_value"], second["setup_alarm"], second["setup_reason"]) == (0.02, True, "darker")
     assert opened.next_message(0.0, longest_wait_s=300.0).body["setup_alarm"] is None
-    assert opened.counts().num_setup_alarms == 1
+    assert opened.counts().num_setup == 1
     with pytest.raises(sqlite3.IntegrityError, match="append-only"):
         opened._base.execute("UPDATE photos SET setup_alarm = 1")
     opened.close()

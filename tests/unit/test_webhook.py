@@ -97,7 +97,7 @@ def test_each_is_delivered_in_order_with_all_that_the_row_says(record, receiver)
     assert receiver.paths == ["a", "b", "c"]
     headers, body = receiver.got[0]
     assert headers["Idempotency-Key"] == body["id"]
-    assert body["result"] == "anomalous"
+    assert body["result"] == "setup"
     assert body["defects"][0]["area_px"] == 12
     assert (body["p_value"], body["setup_alarm"], body["setup_reason"]) == (0.02, True, "darker")
     assert record.counts().num_undelivered == 0

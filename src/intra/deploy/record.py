@@ -88,9 +88,9 @@ class Counts:
     """What the record holds."""
 
     num_photos: int
-    num_anomalous: int
+    num_defective: int
     num_unreadable: int
-    num_setup_alarms: int
+    num_setup: int  # with a setup alarm, which are not counted as defective
     num_undelivered: int  # messages that the webhook has not yet taken
     delivery_error: str | None  # why the first of them that was tried was not taken
 
@@ -175,8 +175,8 @@ class Record:
 
     def counts(self) -> Counts:
         with self._errors():
-            photos = self._base.execute("SELECT count(*), coalesce(sum(is_anomalous), 0), count(error), "
-                                        "coalesce(sum(setup_alarm), 0) FROM photos")
+            photos = self._base.execute("SELECT count(*), coalesce(sum(is_anomalous AND setup_alarm IS NOT 1), "
+                                        "0), count(error), coalesce(sum(setup_alarm), 0) FROM photos")
             waiting = self._base.execute("SELECT count(*) FROM outbox WHERE delivered_at IS NULL")
             error = self._base.execute("SELECT last_error FROM outbox WHERE delivered_at IS NULL AND last_error IS NOT "
                                        "NULL ORDER BY is_refused, photo LIMIT 1")
@@ -288,7 +288,8 @@ def _row(values: Sequence[Any]) -> dict[str, Any]:
     """A row of photos as it is told to others, fit for JSON."""
     (number, path, size_bytes, mtime_ns, score, threshold, is_anomalous, defects, error, pictures, model,
      inspected_at, p_value, setup_alarm, setup_reason) = values  # fmt: skip
-    result = "unreadable" if error is not None else "anomalous" if is_anomalous else "good"
+    verdict = "setup" if setup_alarm else "defect" if is_anomalous else "good"  # as Prediction.verdict
+    result = "unreadable" if error is not None else verdict
     return {"id": number, "path": printable(fsdecode(path)), "result": result, "score": score, "threshold": threshold,
             "p_value": p_value, "setup_alarm": None if setup_alarm is None else bool(setup_alarm),
             "setup_reason": setup_reason, "defects": json.loads(defects), "error": error, "pictures": pictures,

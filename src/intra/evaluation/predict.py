@@ -43,8 +43,8 @@ def predict_files(
 ) -> list[Path]:
     """Inspects files and folders; returns the paths of the files that could not be read.
 
-    Writes a line of `out`/predictions.jsonl for each, as soon as it is known: path, score, p_value, is_anomalous,
-    threshold, setup_alarm, setup_reason, defects; or path and error. With `save_images` also
+    Writes a line of `out`/predictions.jsonl for each, as soon as it is known: path, verdict, score, p_value,
+    is_anomalous, threshold, setup_alarm, setup_reason, defects; or path and error. With `save_images` also
     `out`/images/NAME_overlay.png, _outline.png, _repaired.png and _mask.png. `on_verdict` is called with each verdict,
     how many are done, and how many there are. Raises InTraError if there is no image.
     """
@@ -95,7 +95,7 @@ def _line(verdict: FileVerdict) -> dict[str, object]:
     if verdict.prediction is None:
         return {"path": str(verdict.path), "error": verdict.error}
     found = verdict.prediction
-    return {"path": str(verdict.path), "score": found.score, "p_value": found.p_value,
+    return {"path": str(verdict.path), "verdict": found.verdict, "score": found.score, "p_value": found.p_value,
             "is_anomalous": found.is_anomalous, "threshold": found.threshold, "setup_alarm": found.setup_alarm,
             "setup_reason": found.setup_reason, "defects": [asdict(defect) for defect in found.defects]}
 

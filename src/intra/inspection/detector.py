@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -83,6 +83,15 @@ class Prediction:
     p_value: float = 1.0
     setup_alarm: bool = False  # the whole picture is not as good ones are: light, focus or pose has changed
     setup_reason: str = ""  # what has changed, in a word; "" without an alarm
+
+    @property
+    def verdict(self) -> Literal["good", "defect", "setup"]:
+        """What to do with the part. "setup", whatever the score: under another light, focus or pose than that of the
+        good images a score says little of the part (docs/decisions/0011-trust.md).
+        """
+        if self.setup_alarm:
+            return "setup"
+        return "defect" if self.is_anomalous else "good"
 
 
 class Detector:

@@ -39,6 +39,9 @@ class VerdictAnswer(BaseModel):
     name: str
     height: int = Field(description="px, after EXIF orientation")
     width: int
+    verdict: Literal["good", "defect", "setup"] = Field(description="setup: the whole picture is not as good ones are, "
+                                                                    "and its score says little of the part: look at "
+                                                                    "light, focus and pose first")
     score: float = Field(description="raw; the higher, the further from good photos")
     p_value: float = Field(description="of good photos that were not trained on, the share that scores as high, this "
                                        "one counted in: small is unusual")
@@ -46,8 +49,7 @@ class VerdictAnswer(BaseModel):
     threshold: float
     false_reject_rate: float = Field(description="the mean share of good parts that the threshold promises to reject "
                                                  "at most")
-    setup_alarm: bool = Field(description="the whole picture is not as good ones are: look at light, focus and pose "
-                                          "first. Never changes the verdict")
+    setup_alarm: bool = Field(description="verdict is setup; is_anomalous, score and defects are as without it")
     setup_reason: str = Field(description="what has changed, in a word; empty without an alarm")
     defects: list[DefectAnswer] = Field(description="the highest score first")
     pictures: dict[str, str] = Field(description="kind: a link to a PNG, which is forgotten after a while; or a data "

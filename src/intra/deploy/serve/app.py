@@ -135,8 +135,7 @@ def _add_inspection(app: FastAPI, parts: _Parts) -> None:
         except UnfitPhotoError as error:
             metrics.verdicts["unreadable"] += 1
             _refuse_photo(upload.name, error)
-        metrics.verdicts["defect" if found.prediction.is_anomalous else "good"] += 1
-        metrics.setup_alarms += found.prediction.setup_alarm
+        metrics.verdicts[found.prediction.verdict] += 1
         metrics.answer_s.add(time.perf_counter() - start)
         if inline:
             links = {kind: "data:image/png;base64," + base64.b64encode(png).decode()
@@ -262,10 +261,11 @@ def _threshold(threshold: Threshold) -> ThresholdAnswer:
 def _verdict(upload: Upload, found: Inspected, links: dict[str, str], threshold: Threshold) -> VerdictAnswer:
     verdict, scale = found.prediction, found.pictures.scale
     return VerdictAnswer(
-        name=upload.name, height=found.size[0], width=found.size[1], score=verdict.score, p_value=verdict.p_value,
-        is_anomalous=verdict.is_anomalous, threshold=verdict.threshold, false_reject_rate=threshold.false_reject_rate,
-        setup_alarm=verdict.setup_alarm, setup_reason=verdict.setup_reason,
-        defects=[DefectAnswer(**asdict(defect)) for defect in verdict.defects], pictures=links,
+        name=upload.name, height=found.size[0], width=found.size[1], verdict=verdict.verdict, score=verdict.score,
+        p_value=verdict.p_value, is_anomalous=verdict.is_anomalous, threshold=verdict.threshold,
+        false_reject_rate=threshold.false_reject_rate, setup_alarm=verdict.setup_alarm,
+        setup_reason=verdict.setup_reason, pictures=links,
+        defects=[DefectAnswer(**asdict(defect)) for defect in verdict.defects],
         map_scale=None if scale is None else MapScaleAnswer(offset=scale.offset, step=scale.step),
         seconds=SecondsAnswer(waiting=round(found.waited_s, 4), inspecting=round(found.inspected_s, 4)),
     )  # fmt: skip

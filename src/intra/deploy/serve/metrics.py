@@ -36,8 +36,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
-        self.verdicts: Counter[str] = Counter()  # good, defect, unreadable
-        self.setup_alarms = 0
+        self.verdicts: Counter[str] = Counter()  # good, defect, setup, unreadable
         self.answer_s = Histogram(SECONDS)  # POST /inspect with a verdict: all that the client waited
         self.batch_sizes = Histogram(SIZES)
         self.batch_s = Histogram(SECONDS)
@@ -58,8 +57,6 @@ class Metrics:
         lines += _head("intra_verdicts_total", "Inspected photos by verdict.", "counter")
         lines += [f'intra_verdicts_total{{verdict="{verdict}"}} {count}'
                   for verdict, count in sorted(self.verdicts.items())]
-        lines += _head("intra_setup_alarms_total", "Inspected photos whose light, focus or pose is unusual.", "counter")
-        lines += [f"intra_setup_alarms_total {self.setup_alarms}"]
         for name, meaning, histogram in (
             ("intra_answer_seconds", "From the first byte of the request to the verdict.", self.answer_s),
             ("intra_batch_seconds", "Decoding, inspection and drawing of one batch.", self.batch_s),

@@ -5,8 +5,8 @@ import { regions, Stage } from "./stage.js";
 import { csv, Table } from "./table.js";
 import { number, percent, promisedRate, Strip } from "./threshold.js";
 
-const SIGNS = { good: "M9 25l10 11L40 12", bad: "M12 12l24 24M36 12L12 36", failed: "M24 8v20M24 38v1", waiting: "" };
-const BIG = { good: "GOOD", bad: "DEFECT", failed: "NOT READ", waiting: "inspecting …" };
+const SIGNS = { good: "M9 25l10 11L40 12", bad: "M12 12l24 24M36 12L12 36", setup: "M24 7l19 33H5zM24 19v10M24 34v1", failed: "M24 8v20M24 38v1", waiting: "" };
+const BIG = { good: "GOOD", bad: "DEFECT", setup: "SETUP", failed: "NOT READ", waiting: "inspecting …" };
 const MOST_LISTED = 50; // defects of one photo
 const $ = (id) => document.getElementById(id);
 
@@ -76,8 +76,8 @@ async function inspected(item, pictures) {
 /** The verdict at the present threshold: no inspection is needed for it. */
 function judge(item) {
   if (item.score === undefined) return;
-  item.verdict = item.score > threshold ? "bad" : "good";
-  item.marked = item.verdict === "bad" && threshold === item.threshold ? item.defects.length : null; // else: when looked at
+  item.verdict = item.setup_alarm ? "setup" : item.score > threshold ? "bad" : "good";
+  item.marked = item.score > threshold && threshold === item.threshold ? item.defects.length : null; // else: when looked at
 }
 
 function scored() {
@@ -125,12 +125,12 @@ $("photo").addEventListener("error", async () => {
 
 function draw() {
   const done = items.filter((item) => item.verdict !== "waiting");
-  const bad = items.filter((item) => item.verdict === "bad").length, failed = items.filter((item) => item.verdict === "failed").length;
+  const [bad, good, setup, failed] = ["bad", "good", "setup", "failed"].map((verdict) => items.filter((item) => item.verdict === verdict).length);
   $("view").hidden = $("batch").hidden = !items.length;
   document.body.classList.toggle("empty", !items.length);
   $("progress").hidden = done.length === items.length;
   $("progress").value = items.length ? done.length / items.length : 0;
-  const counts = [[bad, "defect"], [done.length - bad - failed, "good"], [failed, "not read"], [items.length - done.length, "to come"]];
+  const counts = [[bad, "defect"], [good, "good"], [setup, "setup"], [failed, "not read"], [items.length - done.length, "to come"]];
   $("counts").replaceChildren(...counts.filter(([count]) => count).flatMap(([count, word], i) => [
     i ? " · " : "", Object.assign(document.createElement("b"), { textContent: count }), ` ${word}`]));
   if (!items.length) return;
@@ -143,30 +143,30 @@ function draw() {
 }
 
 function drawVerdict() {
-  const { verdict, name, score, error, setup_alarm, setup_reason } = chosen;
+  const { verdict, name, score, error, setup_reason } = chosen;
   if ($("verdict").className !== verdict) $("verdict").className = verdict;
   $("sign").setAttribute("d", SIGNS[verdict]);
   if ($("word").textContent !== BIG[verdict]) $("word").textContent = BIG[verdict];
   $("name").textContent = name;
   $("why").textContent = verdict === "failed" ? error : score === undefined ? "" : `score ${number(score)}, threshold ${number(threshold)}`;
-  $("setup").textContent = setup_alarm ? `Setup: ${setup_reason} – look at light, focus and pose first` : "";
-  $("setup").hidden = !setup_alarm;
+  $("setup").textContent = verdict === "setup" ? `${setup_reason} – see to light, focus and pose; says little of the part` : "";
+  $("setup").hidden = verdict !== "setup";
   document.title = `${BIG[verdict]} – ${name}`;
 }
 
 function drawThreshold() {
-  const all = scored(), bad = all.filter((item) => item.score > threshold).length;
+  const all = scored(), judged = all.filter((item) => item.verdict !== "setup"), bad = judged.filter((item) => item.verdict === "bad").length;
   const trained = model.threshold.value, rate = threshold === trained ? model.threshold.false_reject_rate : promisedRate(model.held_out_scores, threshold);
   strip.draw(all, threshold, chosen);
   $("threshold-value").textContent = number(threshold);
-  $("rejected").textContent = all.length ? `rejects ${bad} of ${all.length}` : "";
+  $("rejected").textContent = judged.length ? `rejects ${bad} of ${judged.length}` : "";
   $("promise").textContent = `Promise: at most ${percent(rate)} of good parts are rejected on average, from ${model.held_out_scores.length} good photos.`;
   $("reset").hidden = threshold === trained;
 }
 
 /** Outlines and the list of defects, at the present threshold. */
 function drawMarks() {
-  const isBad = chosen.verdict === "bad";
+  const isBad = chosen.score > threshold;
   let found = [];
   if (isBad && threshold === chosen.threshold) found = chosen.defects;
   if (isBad && heats) {
@@ -190,8 +190,8 @@ function drawMarks() {
     return line;
   });
   if (!lines.length) {
-    const none = { good: "None: the score is not above the threshold.", failed: "Not inspected.", waiting: "…", bad: "…" };
-    lines.push(Object.assign(document.createElement("li"), { className: "none", textContent: none[chosen.verdict] }));
+    const none = chosen.score <= threshold ? "None: the score is not above the threshold." : chosen.verdict === "failed" ? "Not inspected." : "…";
+    lines.push(Object.assign(document.createElement("li"), { className: "none", textContent: none }));
   }
   $("defects").replaceChildren(...lines);
   $("defects-title").textContent = found.length > 1 ? `${found.length} defects` : found.length ? "1 defect" : "Defects";

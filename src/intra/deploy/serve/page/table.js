@@ -2,8 +2,8 @@
 
 import { number } from "./threshold.js";
 
-export const WORDS = { good: "good", bad: "defect", failed: "not read", waiting: "waits" };
-const ORDER = { bad: 0, failed: 1, good: 2, waiting: 3 };
+export const WORDS = { good: "good", bad: "defect", setup: "setup", failed: "not read", waiting: "waits" };
+const ORDER = { bad: 0, setup: 1, failed: 2, good: 3, waiting: 4 };
 const KEYS = {
   order: (item) => item.order,
   name: (item) => item.name,
@@ -65,8 +65,8 @@ export class Table {
     name.title = item.error ?? "";
     verdict.firstChild.className = `badge ${item.verdict}`;
     verdict.firstChild.textContent = WORDS[item.verdict];
-    verdict.lastChild.className = "setup";
-    verdict.lastChild.textContent = item.setup_alarm ? `setup: ${item.setup_reason}` : "";
+    verdict.lastChild.className = "reason";
+    verdict.lastChild.textContent = item.setup_reason ?? "";
     score.textContent = item.score === undefined ? "–" : number(item.score);
     defects.textContent = item.marked ?? "–";
     size.textContent = item.width ? `${item.height} × ${item.width}` : "–";
@@ -86,7 +86,7 @@ export function csv(items, threshold, rate) {
     "setup_alarm", "setup_reason", "error"];
   const lines = items.map((item) => [
     item.name, WORDS[item.verdict], item.score, item.p_value, threshold, rate, item.height, item.width,
-    item.verdict === "good" ? 0 : item.marked, item.setup_alarm, item.setup_reason, item.error,
+    item.score <= threshold ? 0 : item.marked, item.setup_alarm, item.setup_reason, item.error,
   ]);
   return [head, ...lines].map((line) => line.map(field).join(",")).join("\r\n") + "\r\n";
 }

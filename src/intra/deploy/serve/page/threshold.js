@@ -72,8 +72,7 @@ export class Strip {
     };
     shapes.push(...this.heldOut.map((score) => dot(score, "held", true)));
     for (const item of items) {
-      const kind = item.score > threshold ? "bad" : "good";
-      shapes.push(dot(item.score, item === chosen ? `${kind} chosen` : kind, false));
+      shapes.push(dot(item.score, item === chosen ? `${item.verdict} chosen` : item.verdict, false));
     }
     shapes.push(shape("line", { class: "cut", x1: x(threshold), x2: x(threshold), y1: 0, y2: 104 }));
     this.svg.replaceChildren(...shapes);

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from intra.errors import InTraError
 from intra.evaluation.benchmark import Event, benchmark
 
 MINUTES = 3.0
@@ -57,11 +58,14 @@ SCORINGS: dict[str, dict[str, str]] = {
 
 
 def methods(only: str | None = None) -> list[str]:
-    """As `intra benchmark --method` takes them; all, or those with these names."""
+    """As `intra benchmark --method` takes them; all, or those with these names. Raises InTraError on an unknown one."""
     found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in (NETWORKS | SCORINGS).items()}
     found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
-    return [" ".join([f"{name}:", "fast", *(f"{key}={value}" for key, value in settings.items())])
-            for name, settings in found.items() if only is None or name in only.split(",")]
+    chosen = list(found) if only is None else only.split(",")
+    if unknown := [name for name in chosen if name not in found]:
+        raise InTraError(f"no ablation {', '.join(unknown)}; there are {', '.join(found)}")
+    return [" ".join([f"{name}:", "fast", *(f"{key}={value}" for key, value in found[name].items())])
+            for name in chosen]
 
 
 def tell(event: Event) -> None:
@@ -83,6 +87,9 @@ if __name__ == "__main__":
     if given.methods:
         print("\n".join(methods()))
         sys.exit()
-    outcome = benchmark(given.data, out=given.out, methods=methods(given.only), minutes=given.minutes, jobs=given.jobs,
-                        seeds=[int(seed) for seed in given.seeds.split(",")], on_cell=tell)
+    try:
+        outcome = benchmark(given.data, out=given.out, methods=methods(given.only), minutes=given.minutes,
+                            jobs=given.jobs, seeds=[int(seed) for seed in given.seeds.split(",")], on_cell=tell)
+    except InTraError as error:
+        sys.exit(f"error: {error}")
     sys.exit(1 if outcome.failed else 0)

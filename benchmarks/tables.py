@@ -33,6 +33,8 @@ def filled(document: str, root: Path) -> str:
         is_measured = bool(list(cells.glob("*.json")))
         if not folder.startswith("benchmarks/results/") or not (is_measured or ready.exists()):
             raise InTraError(f"no cells in {cells}; expected a table of benchmarks/results/NAME")
+        if names and not is_measured:
+            raise InTraError(f"no cells in {cells}, of which '{names}' could be shown; {ready} is shown whole or not")
         wanted = names.split(", ") if names else None
         text = markdown(table_of(cells, wanted)) if is_measured else ready.read_text(encoding="utf-8")
         return f"<!-- table: {match[1]} -->\n\n{text}\n{END}"

@@ -1,6 +1,5 @@
 """The command line: parses, calls one function, prints."""
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intra import cli_export, cli_watch
+from intra import cli_export, cli_trust, cli_watch
 from intra.errors import InTraError
 from intra.terminal import (
     AnomalousOption,
@@ -188,33 +187,6 @@ def predict(
                          f"in {out / 'predictions.jsonl'}")
 
 
-@app.command(epilog="Example: `intra serve runs/bottle --port 8000`, then open http://127.0.0.1:8000")
-def serve(
-    run: RunArgument,
-    host: Annotated[str, typer.Option(help="The address to listen on; any but a loopback one needs a token.")] = (
-        "127.0.0.1"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    token_file: Annotated[Path | None, typer.Option(
-        metavar="FILE", help="Holds the token that every request must carry. Or set INTRA_TOKEN.")] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Photos that may wait; more clients are told to come back.")] = 64,
-    max_upload: Annotated[int, typer.Option(metavar="MIB", min=1, help="The largest upload.")] = 32,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="The largest photo.")] = 32,
-    device: DeviceOption = "auto",
-    threshold: ThresholdOption = None,
-    false_reject_rate: RateOption = None,
-) -> None:  # fmt: skip
-    """Inspect photos in a browser or over HTTP, until Ctrl-C."""
-    from intra.deploy.serve import serve as serve_run
-    from intra.deploy.serve.limits import MIB, Limits
-
-    limits = Limits(waiting=queue, body_bytes=max_upload * MIB, received_bytes=max(256, 4 * max_upload) * MIB,
-                    pixels=round(max_megapixels * 1e6))
-
-    serve_run(run, host=host, port=port, token=_token(token_file), limits=limits, device=device, threshold=threshold,
-              false_reject_rate=false_reject_rate,
-              on_ready=lambda address: say(make_console(), f"{address} inspects with {run}; Ctrl-C ends it"))
-
-
 @app.command(epilog="Example: `intra demo --out demo`")
 def demo(
     out: OutOption = Path("demo"),
@@ -282,6 +254,7 @@ def benchmark(
         raise typer.Exit(1)
 
 
+cli_trust.add_to(app)
 cli_watch.add_to(app)
 cli_export.add_to(app)
 
@@ -355,17 +328,6 @@ def _print_figures(found: "list[tuple[str, dict[str, Any], Path]]") -> None:
         console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _token(file: Path | None) -> str | None:
-    """The token of `intra serve`; never an option's value, which everybody on the machine could read."""
-    if file is None:
-        return os.environ.get("INTRA_TOKEN") or None
-    try:
-        return file.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InTraError(f"cannot read the token in {file}: {getattr(error, 'strerror', None) or 'no ASCII'}"
-                         ) from error
-
-
 def _pairs(settings: list[str] | None) -> dict[str, str]:
     pairs = {}
     for setting in settings or []:
@@ -374,52 +336,6 @@ def _pairs(settings: list[str] | None) -> dict[str, str]:
             raise InTraError(f"--set {setting!r} has no '='; write --set KEY=VALUE, e.g. --set train.batch_size=16")
         pairs[key.strip()] = value
     return pairs
-
-
-@app.command(epilog="Example: `intra audit photos/bottle --out audits/bottle`")
-def audit(
-    data: DataArgument, out: OutOption, normal: NormalOption = None,
-    top: Annotated[int, typer.Option(help="How many photos to list and to show.")] = 20,
-) -> None:
-    """Rank good photos by how little they look like the others, before any training: DIR/audit.html, audit.json."""
-    from intra.data.folder import find_categories
-    from intra.evaluation.audit import audit_category
-
-    categories, console = find_categories(data, normal=normal), make_console()
-    for category in categories:
-        folder = out / category.name if len(categories) > 1 else out
-        with bar(f"auditing {category.name}", unit="photos/s") as step:
-            found = audit_category(category, out=folder, top=top, on_progress=step)
-        say(console, f"{category.name}: of {found['num_photos']} good photos these look least like the others; 9 of "
-                     f"10 score below {found['usual_score']:.4g}")
-        for row in found["photos"][:top]:
-            say(console, f"{row['rank']:4}  {row['score']:.4g}  {category.root / row['path']}")
-        say(console, f"wrote {folder / 'audit.html'}")
-
-
-@app.command(epilog="Example: `intra calibrate runs/bottle good_photos --out runs/bottle_june`")
-def calibrate(
-    run: RunArgument,
-    images: Annotated[list[Path], typer.Argument(
-        metavar="IMAGE_OR_FOLDER...", help="New photos of good parts, none that the model was trained on.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE_OR_RUN", help="The model file, or the folder, to write.")],
-    device: DeviceOption = "auto",
-    false_reject_rate: RateOption = None,
-) -> None:  # fmt: skip
-    """Set a model's threshold by new good photos, without training. The stored model stays as it is."""
-    from intra.inspection.recalibration import calibrate as recalibrated
-
-    with bar("inspecting", unit="images/s") as step:
-        found = recalibrated(run, images, out=out, false_reject_rate=false_reject_rate, device=device, on_progress=step)
-    console = make_console()
-    for path, first in found.duplicates:
-        say(console, f"left out: {path}: the same picture as {first}", style="yellow")
-    if found.setup_alarms:
-        listed = ", ".join(f"{reason} ({count})" for reason, count in found.setup_alarms.most_common())
-        say(console, f"{found.setup_alarms.total()} of {found.threshold.num_images} raise the model's setup alarm: "
-                     f"{listed}; if that is how photos are now, consider training anew", style="yellow")
-    say(console, f"threshold {found.threshold.value:.4g}, {found.threshold.promise}")
-    say(console, f"wrote {found.model_path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The verbs of a model at work: watch, record, verify. cli.py takes them in."""
+"""The verbs of a model at work: watch, record, serve. cli.py takes them in."""
 
-import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +9,6 @@ import typer
 from intra.errors import InTraError
 from intra.terminal import (
     DeviceOption,
-    NormalOption,
     OutOption,
     RateOption,
     RunArgument,
@@ -31,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: `intra watch runs/bottle /srv/camera --out verdicts --webhook https://host/hook`"
                 )(watch)  # fmt: skip
     app.command(epilog="Example: `intra record verdicts --csv verdicts.csv`")(record)
-    app.command(epilog="Example: `intra verify runs/bottle photos/bottle`")(verify)
+    app.command(epilog="Example: `intra serve runs/bottle --port 8000`, then open http://127.0.0.1:8000")(serve)
 
 
 def watch(  # noqa: PLR0913, PLR0917  the options of the command
@@ -92,30 +91,30 @@ def record(
         opened.close()
 
 
-def verify(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file, or the folder of a run.")],
-    data: Annotated[Path | None, typer.Argument(
-        metavar="[DATA]", help="What it was trained on: each training image is held against the manifest.")] = None,
-    normal: NormalOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
+def serve(
+    run: RunArgument,
+    host: Annotated[str, typer.Option(help="The address to listen on; any but a loopback one needs a token.")] = (
+        "127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(
+        metavar="FILE", help="Holds the token that every request must carry. Or set INTRA_TOKEN.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Photos that may wait; more clients are told to come back.")] = 64,
+    max_upload: Annotated[int, typer.Option(metavar="MIB", min=1, help="The largest upload.")] = 32,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="The largest photo.")] = 32,
+    device: DeviceOption = "auto",
+    threshold: ThresholdOption = None,
+    false_reject_rate: RateOption = None,
 ) -> None:  # fmt: skip
-    """Print a model's manifest - what it was made from, with what, and what it promises - and check it. Exit 2 if the
-    file is not intact, or DATA is not what it was trained on."""
-    from intra.deploy.verify import manifest_of, summary, training_images_of
+    """Inspect photos in a browser or over HTTP, until Ctrl-C."""
+    from intra.deploy.serve import serve as serve_run
+    from intra.deploy.serve.limits import MIB, Limits
 
-    manifest = manifest_of(model)
-    console = make_console()
-    if as_json:
-        typer.echo(json.dumps(manifest, indent=2))
-    else:
-        for line in summary(manifest):
-            say(console, line)
-    if data is not None:
-        differing = training_images_of(manifest, data, normal=normal)
-        if differing:
-            raise InTraError(f"{data} is not what the model was trained on: {'; '.join(differing)}")
-        if not as_json:
-            say(console, f"{data}: each of the {manifest['num_images']} training images is the one in the manifest")
+    limits = Limits(waiting=queue, body_bytes=max_upload * MIB, received_bytes=max(256, 4 * max_upload) * MIB,
+                    pixels=round(max_megapixels * 1e6))
+
+    serve_run(run, host=host, port=port, token=_token(token_file), limits=limits, device=device, threshold=threshold,
+              false_reject_rate=false_reject_rate,
+              on_ready=lambda address: say(make_console(), f"{address} inspects with {run}; Ctrl-C ends it"))
 
 
 def _say_counts(folder: Path, counts: "Counts") -> None:
@@ -124,3 +123,14 @@ def _say_counts(folder: Path, counts: "Counts") -> None:
     reason = f" (last error: {counts.delivery_error})" if counts.delivery_error else ""
     say(make_console(), f"{folder}: {counts.num_photos} photos, {counts.num_defective} with defects, "
                         f"{counts.num_unreadable} not inspected{setup}{waiting}{reason}")
+
+
+def _token(file: Path | None) -> str | None:
+    """The token of `intra serve`; never an option's value, which everybody on the machine could read."""
+    if file is None:
+        return os.environ.get("INTRA_TOKEN") or None
+    try:
+        return file.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InTraError(f"cannot read the token in {file}: {getattr(error, 'strerror', None) or 'no ASCII'}"
+                         ) from error

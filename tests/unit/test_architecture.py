@@ -14,14 +14,16 @@ from intra.inspection.detector import READERS
 SOURCE = Path(intra.__file__).parent
 LAYERS = [  # left never imports right; modules of one layer may import each other
     {"errors", "provenance"},
-    {"config", "geometry", "similarity", "values"},
+    {"values"},
+    {"settings"},
+    {"config", "geometry", "similarity"},
     {"models", "data"},
     {"inspection"},
     {"training"},
     {"evaluation"},
     {"deploy"},
     {"terminal"},
-    {"cli_watch", "cli_export"},
+    {"cli_watch", "cli_export", "cli_trust"},
     {"cli"},
 ]
 WALLS = {  # third parties, and the only places that may import them
@@ -30,7 +32,7 @@ WALLS = {  # third parties, and the only places that may import them
     "jinja2": ("evaluation/report.py",),
     "sqlite3": ("deploy/record.py",),
     "urllib.request": ("deploy/webhook.py",),
-    "typer": ("cli.py", "cli_watch.py", "cli_export.py", "terminal.py"),
+    "typer": ("cli.py", "cli_watch.py", "cli_export.py", "cli_trust.py", "terminal.py"),
     "rich": ("cli.py", "terminal.py"),
     "sklearn": ("evaluation/metrics.py",),
     "tensorboard": ("training/",),

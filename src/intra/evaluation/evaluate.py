@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from intra.data.folder import Category, LabelledImage, find_category
 from intra.data.images import box_slices, read_image, read_mask
 from intra.errors import InTraError
 from intra.evaluation import metrics
+from intra.evaluation.notes import notes_on_tests, notes_on_the_region, notes_on_the_setup
 from intra.evaluation.report import Curves, Gallery, write_report
 from intra.inspection.detector import Detector, Prediction
 from intra.provenance import processor
@@ -95,7 +96,8 @@ def evaluate_category(
         "num_test": len(tests),
         "num_left_out": len(left_out),
         "reasons": reasons,
-        "notes": [*_notes(tests, left_out), *_region_notes(inspected.region_px), *_setup_notes(inspected.rows)],
+        "notes": [*notes_on_tests(tests, left_out), *notes_on_the_region(inspected.region_px),
+                  *notes_on_the_setup(inspected.rows)],
         "model": _model_record(detector),
         "provenance": _provenance(detector),
         "peak_memory_mib": peak_memory_mib(),
@@ -296,37 +298,6 @@ def _not_trained_on(category: Category, detector: Detector) -> tuple[list[Labell
         seen = not test.label and sha256_of(test.path) in known
         (left_out if seen else tests).append(test)
     return tests, left_out
-
-
-def _notes(tests: Sequence[LabelledImage], left_out: Sequence[LabelledImage]) -> list[str]:
-    notes = []
-    if left_out:
-        note = f"{len(left_out)} good test images are left out: the model was trained on these very files."
-        if all(test.label for test in tests):
-            note += " To learn how many good parts it rejects, test it on good photos that it has not seen."
-        notes.append(note)
-    anomalous = [test for test in tests if test.label]
-    without = sum(test.mask is None for test in anomalous)
-    if 0 < without < len(anomalous):
-        notes.append(f"{without} of {len(anomalous)} anomalous images have no mask; the pixel figures leave them out.")
-    return notes
-
-
-def _region_notes(px: Mapping[str, int]) -> list[str]:
-    if not px:
-        return []
-    note = f"The pixel figures are of the region of interest alone, {px['inside'] / px['photo']:.1%} of the photos."
-    outside = px["defect"] - px["defect inside"]
-    return [note + (f" {outside} of {px['defect']} defect pixels lie outside it." if px["defect"] else "")]
-
-
-def _setup_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    alarms = Counter(row["setup_reason"] for row in rows if row["setup_alarm"])
-    if not alarms:
-        return []
-    listed = ", ".join(f"{reason} ({count})" for reason, count in alarms.most_common())
-    return [f"{sum(alarms.values())} of {len(rows)} photos raise the setup alarm: as a whole they are not as the good "
-            f"photos were: {listed}. Their verdicts stand, but look at light, focus and pose first."]
 
 
 def _num_train(detector: Detector) -> int:

@@ -136,10 +136,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 # The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is
-# read out from its own token; 4 passes inspect an image. docs/decisions/0001-lattice.md
+# read out from its own token; 4 passes inspect an image. docs/decisions/0001-lattice.md, 0017-attention-of-fast.md
 _FAST = Config(
     preset="fast",
-    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, readout="token",
+    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, attention="msa", readout="token",
                       conditional_positions=True, mean_start=True),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),

@@ -3,8 +3,8 @@
     python benchmarks/drift.py DATA... [--runs RUNS] [--json FILE]
 
 Without --runs, the setup is fitted to the good training photos, as `intra train` does; no network is needed. With it,
-RUNS/CATEGORY holds a trained model of each category, whose alarm and verdicts are counted: how many of the changed good
-photos are also called DEFECT. Gamma, blur, shift and rotation are applied to the good test photos at their own size
+RUNS/CATEGORY holds a trained model of each category, whose alarm and verdicts are counted: SETUP wherever
+the alarm is raised, else DEFECT or good. Gamma, blur, shift and rotation are applied to the good test photos at their own size
 (px, borders repeated); the size is the model's.
 """
 
@@ -23,6 +23,7 @@ from intra.config import preset
 from intra.data.files import write_atomically
 from intra.data.folder import Category, find_categories
 from intra.data.images import auto_channels, auto_image_size, prepare, read_image, read_info, read_set, to_unit
+from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.setup import Setup
 
@@ -80,6 +81,8 @@ def main() -> None:
 def judge_of_model(run: Path) -> Judge:
     """The alarm and the verdict of a trained model."""
     detector = Detector.load(run)
+    if detector.setup is None:
+        raise InTraError(f"{run} was trained on too few photos to have a setup alarm")
 
     def verdict(photo: np.ndarray) -> tuple[str, bool | None]:
         found = detector.predict(photo)

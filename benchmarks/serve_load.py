@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from intra.data.layout import list_images
+from intra.provenance import commit_of_the_code, processor
 
 QUERY = "/inspect?pictures=repaired,map,mask"  # the default, spelt out
 
@@ -150,7 +151,7 @@ def main() -> None:
         finally:
             server.send_signal(signal.SIGTERM)
     found |= {"photo_files": len(photos), "mean_file_bytes": round(sum(map(len, photos)) / len(photos)),
-              "queue": settings.queue, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+              "queue": settings.queue, "commit": commit_of_the_code(), "machine": processor(), "cores": os.cpu_count(),
               "threads_of_torch": os.environ.get("OMP_NUM_THREADS", "default"),
               "load_average": [round(value, 1) for value in (*load_before, *os.getloadavg())],
               "python": platform.python_version()}  # fmt: skip

@@ -85,8 +85,7 @@ def test_a_setup_alarm_is_told_and_counted(client, detector, photo, tmp_path):
 
 
 def setup_alarms(client) -> int:
-    found = re.search(r'^intra_verdicts_total\{verdict="setup"\} (\d+)$', client.get("/metrics").text, re.M)
-    return int(found[1]) if found else 0
+    return int(re.search(r'^intra_verdicts_total\{verdict="setup"\} (\d+)$', client.get("/metrics").text, re.M)[1])
 
 
 def test_a_form_and_inline_pictures(client, photo):

@@ -36,7 +36,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
-        self.verdicts: Counter[str] = Counter()  # good, defect, setup, unreadable
+        # all from 0, or an increase to the first would not be seen
+        self.verdicts = Counter(dict.fromkeys(("good", "defect", "setup", "unreadable"), 0))
         self.answer_s = Histogram(SECONDS)  # POST /inspect with a verdict: all that the client waited
         self.batch_sizes = Histogram(SIZES)
         self.batch_s = Histogram(SECONDS)

@@ -5,7 +5,7 @@ import { regions, Stage } from "./stage.js";
 import { csv, Table } from "./table.js";
 import { number, percent, promisedRate, Strip } from "./threshold.js";
 
-const SIGNS = { good: "M9 25l10 11L40 12", bad: "M12 12l24 24M36 12L12 36", setup: "M24 7l19 33H5zM24 19v10M24 34v1", failed: "M24 8v20M24 38v1", waiting: "" };
+const SIGNS = { good: "M9 25l10 11L40 12", bad: "M12 12l24 24M36 12L12 36", setup: "M24 5l21 37H3zM24 20v7M24 34v.5", failed: "M24 8v20M24 38v1", waiting: "" };
 const BIG = { good: "GOOD", bad: "DEFECT", setup: "SETUP", failed: "NOT READ", waiting: "inspecting …" };
 const MOST_LISTED = 50; // defects of one photo
 const $ = (id) => document.getElementById(id);
@@ -58,8 +58,10 @@ async function work(item) {
     Object.assign(item, await inspected(item));
     delete item.error;
   } catch (error) {
-    item.verdict = "failed";
-    item.error = error.message.replace(/^cannot inspect .*?: /, "");
+    if (item.score === undefined) { // else it has its verdict; only its pictures could not be had again
+      item.verdict = "failed";
+      item.error = error.message.replace(/^cannot inspect .*?: /, "");
+    }
     if (error.isServer) say("The server does not answer. Photos that were not read can be added again.");
   }
   judge(item);
@@ -149,7 +151,7 @@ function drawVerdict() {
   if ($("word").textContent !== BIG[verdict]) $("word").textContent = BIG[verdict];
   $("name").textContent = name;
   $("why").textContent = verdict === "failed" ? error : score === undefined ? "" : `score ${number(score)}, threshold ${number(threshold)}`;
-  $("setup").textContent = verdict === "setup" ? `${setup_reason} – see to light, focus and pose; says little of the part` : "";
+  $("setup").textContent = verdict === "setup" ? `${setup_reason} – see to light, focus and pose; the score says little of the part` : "";
   $("setup").hidden = verdict !== "setup";
   document.title = `${BIG[verdict]} – ${name}`;
 }
@@ -194,7 +196,7 @@ function drawMarks() {
     lines.push(Object.assign(document.createElement("li"), { className: "none", textContent: none }));
   }
   $("defects").replaceChildren(...lines);
-  $("defects-title").textContent = found.length > 1 ? `${found.length} defects` : found.length ? "1 defect" : "Defects";
+  $("defects-title").textContent = chosen.verdict === "setup" ? "Above the threshold" : found.length > 1 ? `${found.length} defects` : found.length ? "1 defect" : "Defects";
 }
 
 let isDrawing = false;

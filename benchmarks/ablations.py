@@ -8,8 +8,7 @@ Every method is the preset `fast` with the paper's attention (MFSA), the setting
 training, validation included. All but *fast* and distribution_and_difference look at the difference of photo and
 repaired image alone (the deviation of 1 − GMS), as the paper does: the default's distribution also sees the photo
 itself, and would hide what the network is worth. Goes on where it was stopped, as `intra benchmark` does, and takes the
-weights of finished cells of the same training, such as those of the table of `fast`, where they lie in the same folder.
-docs/results.md shows the tables.
+weights of finished cells of the same training, where they lie in the same folder. docs/results.md shows the tables.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/drift.py DATA... [--runs RUNS] [--json FILE]
 
 Without --runs, the setup is fitted to the good training photos, as `intra train` does; no network is needed. With it,
-RUNS/CATEGORY holds a trained model of each category, whose alarm and verdicts are counted: SETUP wherever
-the alarm is raised, else DEFECT or good. Gamma, blur, shift and rotation are applied to the good test photos at their own size
-(px, borders repeated); the size is the model's.
+RUNS/CATEGORY holds a trained model of each category, whose alarm and verdicts are counted: SETUP wherever the alarm is
+raised, else DEFECT or good. Gamma, blur, shift and rotation are applied to the good test photos at their own size (px,
+borders repeated); the size is the model's.
 """
 
 import argparse

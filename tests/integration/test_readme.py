@@ -81,7 +81,7 @@ def test_the_python_lines(desk):
     short = f"steps=3, image_size=64, settings={TINY!r}"
     (desk / "lines.py").write_text(code.replace("minutes=10", short))
     said = run(f"{sys.executable} lines.py", desk)
-    assert re.match(r"[\d.e-]+ [\d.e-]+ (True|False)", said)
+    assert re.match(r"(good|defect|setup) [\d.e-]+ [\d.e-]+\n", said)
 
 
 def last_command_of(target: str) -> str:

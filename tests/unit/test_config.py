@@ -84,6 +84,7 @@ def test_every_wrong_setting_is_named_at_once():
     ({"train.gradient_clip": "nan"}, "not a number"),
     ({"model.grid": "4x4"}, "unknown setting"),
     ({"model.embed_dim": "100"}, "multiple of 6"),
+    ({"model.embed_dim": "100", "model.attention": "mfsa"}, "multiple of 12"),
     ({"model.readout": "mean"}, "hidden_fraction=none"),
     ({"scoring.blur_size": "4"}, "odd"),
     ({"scoring.false_reject_rate": "1.5"}, "between 0 and 1"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from intra.data.files import printable, whole_file
 from intra.errors import InTraError
-from intra.inspection.detector import Defect
+from intra.inspection.detector import Defect, verdict_of
 
 __all__ = ["RECORD_FILE", "Counts", "Entry", "Message", "Record", "export_csv", "held"]
 
@@ -288,8 +288,7 @@ def _row(values: Sequence[Any]) -> dict[str, Any]:
     """A row of photos as it is told to others, fit for JSON."""
     (number, path, size_bytes, mtime_ns, score, threshold, is_anomalous, defects, error, pictures, model,
      inspected_at, p_value, setup_alarm, setup_reason) = values  # fmt: skip
-    verdict = "setup" if setup_alarm else "defect" if is_anomalous else "good"  # as Prediction.verdict
-    result = "unreadable" if error is not None else verdict
+    result = "unreadable" if error is not None else verdict_of(bool(is_anomalous), bool(setup_alarm))
     return {"id": number, "path": printable(fsdecode(path)), "result": result, "score": score, "threshold": threshold,
             "p_value": p_value, "setup_alarm": None if setup_alarm is None else bool(setup_alarm),
             "setup_reason": setup_reason, "defects": json.loads(defects), "error": error, "pictures": pictures,

@@ -43,7 +43,8 @@ from intra.inspection.setup import Setup, SetupCheck
 from intra.models import build
 from intra.similarity import box_blur
 
-__all__ = ["READERS", "Defect", "Detector", "Prediction", "is_exported", "refuse_exported", "repair"]
+__all__ = ["READERS", "Defect", "Detector", "Prediction", "is_exported", "refuse_exported", "repair",
+           "verdict_of"]
 
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
@@ -64,6 +65,13 @@ class Defect:
     width: int
     area_px: int
     score: float  # the highest value of the anomaly map inside
+
+
+def verdict_of(is_anomalous: bool, setup_alarm: bool) -> Literal["good", "defect", "setup"]:
+    """What `Prediction.verdict` says, of what was kept of one."""
+    if setup_alarm:
+        return "setup"
+    return "defect" if is_anomalous else "good"
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,7 @@ class Prediction:
         """What to do with the part. "setup", whatever the score: under another light, focus or pose than that of the
         good images a score says little of the part (docs/decisions/0011-trust.md).
         """
-        if self.setup_alarm:
-            return "setup"
-        return "defect" if self.is_anomalous else "good"
+        return verdict_of(self.is_anomalous, self.setup_alarm)
 
 
 class Detector:

@@ -1,6 +1,7 @@
 """The detector: one by one as in a batch, at the input's own size, the same after a trip through its file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy import ndimage
 
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
@@ -41,6 +43,22 @@ def test_batched_is_one_by_one(detector, tests):
     assert len(together) == len(tests) > 8  # more than one batch
     for path, prediction in zip(tests, together, strict=True):
         assert equal(detector.predict(path), prediction)
+
+
+def test_a_good_part_that_lies_elsewhere_is_no_defect(run, photos):
+    detector = Detector.load(run.path)
+    detector.setup = replace(detector.setup, scores=(50.0,) * 16)  # the measurements alone raise no alarm
+    good, bad = (np.asarray(PIL.Image.open(photos / "gear/test" / name)) for name in (
+        "good/000.png", "missing_tooth/000.png"))
+    given = [good, *(ndimage.shift(photo, (2, 0, 0), order=1, mode="nearest") for photo in (good, bad))]
+    as_it_is, elsewhere, broken = (detector.predict(photo).score for photo in given)
+    assert as_it_is < elsewhere / 2  # a shift looks like a defect
+    detector.calibration = replace(detector.calibration, value=elsewhere / 2)
+    found = detector.predict_batch(given)
+    assert [each.verdict for each in found] == ["good", "setup", "defect"]
+    assert [each.setup_reason for each in found] == ["", "shifted", ""]
+    assert [each.score for each in found] == pytest.approx([as_it_is, elsewhere, broken], rel=1e-4)
+    assert [each.is_anomalous for each in found] == [False, True, True]
 
 
 def test_path_pil_and_array_are_the_same(detector, tests):

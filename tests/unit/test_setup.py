@@ -77,12 +77,33 @@ def test_a_defect_in_one_place_does_not(setup: Setup, value: float) -> None:
     assert sum(check.alarm for check in setup.check(bad)) <= 1
 
 
+def test_parts_of_two_kinds_hide_no_small_shift() -> None:
+    one, other = good(30, seed=0), (1.15 * good(12, seed=3)).clamp(0, 1)
+    setup = Setup.of(torch.cat([one, other]))
+    assert setup.threshold == 3
+    checks = setup.check(torch.cat([good(6, seed=9), 1.15 * good(6, seed=11)]).clamp(0, 1))
+    assert [check.reason for check in checks] == [""] * 12
+    checks = setup.check(torch.stack([moved(photo, down=1.5) for photo in good(6, seed=9)]))
+    assert [check.reason for check in checks] == ["shifted"] * 6
+
+
 def test_the_pose_by_hand() -> None:
     mean = F.adaptive_avg_pool2d(part(), 64)
     photos = torch.stack([moved(part(), down=5), moved(part(), angle=0.08), moved(part(), zoom=1.05), part() ** 0.7])
     found = measurements(photos, mean)[:, -4:]  # down and right in sides, log of scale, rad
     expected = torch.tensor([[5 / SIDE, 0, 0, 0], [0, 0, 0, 0.08], [0, 0, 0.049, 0], [0, 0, 0, 0]])
     torch.testing.assert_close(found.abs(), expected.abs(), atol=0.012, rtol=0)
+
+
+def test_a_moved_photo_is_laid_as_good_ones_lie(setup: Setup) -> None:
+    usual = part()
+    moves = torch.stack([moved(usual, down=3), moved(usual, angle=0.04), moved(usual, zoom=1.04), usual,
+                         moved(usual, down=12)])
+    laid, reasons = setup.laid(moves)
+    assert reasons == ["shifted", "turned", "nearer", "", ""]
+    inner = (slice(None), slice(8, -8), slice(8, -8))
+    for one, given in zip(laid[:3], moves[:3], strict=True):
+        assert (one - usual)[inner].abs().mean() < 0.4 * (given - usual)[inner].abs().mean()
 
 
 def test_a_photo_is_scored_by_the_others() -> None:

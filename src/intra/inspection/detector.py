@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -237,11 +237,33 @@ class Detector:
             for array in arrays]).to(self.device)
         repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
-        checks: Sequence[SetupCheck | None] = self.setup.check(batch) if self.setup else [None] * len(batch)
+        checks: Sequence[SetupCheck | None] = [None] * len(batch)
+        if self.setup:
+            checks = self._with_moved_parts(self.setup, batch, maps, self.setup.check(batch))
         return [
             self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
             in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)
         ]  # fmt: skip
+
+    def _with_moved_parts(
+        self, setup: Setup, images: Float[Tensor, "b c h w"], maps: Float[Tensor, "b h w"], checks: list[SetupCheck]
+    ) -> list[SetupCheck]:
+        """The checks, with an alarm for each image above the threshold that is below it once it is laid as good images
+        lie: what is odd about it is where it lies.
+        """
+        doubted = [index for index, (score, check) in enumerate(zip(image_score(maps).tolist(), checks, strict=True))
+                   if score > self.threshold and not check.alarm]
+        if not doubted:
+            return checks
+        laid, reasons = setup.laid(images[doubted])
+        moved = [number for number, reason in enumerate(reasons) if reason]
+        if not moved:
+            return checks
+        scores = image_score(self.inspect(laid[moved])[1]).tolist()
+        for number, score in zip(moved, scores, strict=True):
+            if score <= self.threshold:
+                checks[doubted[number]] = replace(checks[doubted[number]], alarm=True, reason=reasons[number])
+        return checks
 
     def _verdict(
         self, score: float, small_map: Float[Tensor, "h w"], small_repaired: Float[Tensor, "c h w"], array: np.ndarray,

@@ -21,6 +21,7 @@ from intra.similarity import box_blur
 __all__ = ["LEAST_GOOD", "Setup", "SetupCheck", "measurements"]
 
 ALARM_RATE = 0.01  # of good photos, that raise the alarm
+TAIL_SHARE, TAIL_DEVIATION = 0.05, 1.96  # of good photos, that may be odd; what so many of normal values exceed
 LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a change
 NUM_FOLDS = 10
 LEAST_GOOD = 10  # photos: the spread of fewer says little
@@ -32,6 +33,8 @@ NUM_SHARPNESS = 2
 ENERGY_FLOOR = 0.0005  # of pixels in [0, 1]: below the noise of 8 bits
 LEVELS = (16, 32, 64)  # px: the longer side at which the pose is sought, coarse to fine
 STEPS = 4  # of Gauss and Newton at each
+LEAST_MOVED = 1.0  # spread of a pose: from there on a photo is laid as good ones lie
+MOST_MOVED = 0.05  # of each part of a pose: up to there, as further off the registration may have found another place
 DAMPING = 1e-3  # of the normal matrix's mean diagonal: a round part has no angle
 LEAST_DAMPING = 1e-4  # where nothing is to be seen
 OUTLIERS_FROM = 3  # times the median difference: from there on a pixel counts less than half
@@ -101,6 +104,16 @@ class Setup:
         threshold = self.threshold
         return [self._verdict(one, threshold) for one in away.cpu()]
 
+    def laid(self, photos: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], list[str]]:
+        """The photos as they would be if they lay as good ones do, borders repeated; and how they lie, in a word, ""
+        for those that lie usually or too far off to be laid back.
+        """
+        pose = _poses(_small(photos).mean(1), self.mean.mean(0)) - self.centre[-len(POSES):]
+        away = pose / self.spread[-len(POSES):]
+        can_be = (away.abs().amax(1) > LEAST_MOVED) & (pose.abs().amax(1) <= MOST_MOVED)
+        reasons = [_pose_word(one) if is_moved else "" for one, is_moved in zip(away, can_be.tolist(), strict=True)]
+        return _laid_back(photos, pose), reasons
+
     def _verdict(self, away: Float[Tensor, " q"], threshold: float) -> SetupCheck:
         score = float(away.abs().max())
         reason = self._reason(away, threshold) if score > threshold else ""
@@ -113,8 +126,7 @@ class Setup:
         num_tones = len(away) - NUM_SHARPNESS - len(POSES)
         tones, sharpness, pose = away.split([num_tones, NUM_SHARPNESS, len(POSES)])
         if pose.abs().max() > threshold:
-            oddest = int(pose.abs().argmax())
-            return POSES[oddest][0 if pose[oddest] > 0 else 1]
+            return _pose_word(pose)
         if tones.abs().max() <= threshold:
             return "sharper" if sharpness[sharpness.abs().argmax()] > 0 else "blurred"
         channels = len(self.mean)
@@ -124,6 +136,11 @@ class Setup:
         if float((change / most).min()) < TINTED_BELOW:
             return "another colour"
         return "brighter" if most > 0 else "darker"
+
+
+def _pose_word(away: Float[Tensor, " 4"]) -> str:
+    oddest = int(away.abs().argmax())
+    return POSES[oddest][0 if away[oddest] > 0 else 1]
 
 
 def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
@@ -207,14 +224,29 @@ def _pose_step(
 
 def _warped(template: Float[Tensor, "c i j"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c i j"]:
     """The template as it lies in each pose, the border repeated."""
-    height, width = template.shape[-2:]
     down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
     y, x = _places(template)
     cos, sin = angle.cos() / scale.exp(), angle.sin() / scale.exp()
     from_y, from_x = (y - down) * cos - (x - right) * sin, (y - down) * sin + (x - right) * cos
-    where = torch.stack([2 * max(height, width) * from_x / width, 2 * max(height, width) * from_y / height], dim=-1)
-    return F.grid_sample(template.expand(len(pose), -1, -1, -1), where, mode="bilinear", padding_mode="border",
-                         align_corners=False)
+    return _sampled(template.expand(len(pose), -1, -1, -1), from_y, from_x, mode="bilinear")
+
+
+def _laid_back(photos: Float[Tensor, "b c h w"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c h w"]:
+    """The photos that lie in these poses as they would lie without: `_warped` undone."""
+    down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
+    y, x = _places(photos)
+    cos, sin = angle.cos() * scale.exp(), angle.sin() * scale.exp()
+    return _sampled(photos, y * cos + x * sin + down, x * cos - y * sin + right, mode="bicubic").clamp(0, 1)
+
+
+def _sampled(
+    pictures: Float[Tensor, "b c i j"], down: Float[Tensor, "b i j"], right: Float[Tensor, "b i j"], *, mode: str
+) -> Float[Tensor, "b c i j"]:  # fmt: skip
+    """The pictures at these places, in longer sides from their middle; the border repeated."""
+    height, width = pictures.shape[-2:]
+    longer = max(height, width)
+    where = torch.stack([2 * longer * right / width, 2 * longer * down / height], dim=-1)
+    return F.grid_sample(pictures, where, mode=mode, padding_mode="border", align_corners=False)
 
 
 def _places(template: Float[Tensor, "*c i j"]) -> tuple[Float[Tensor, "i j"], Float[Tensor, "i j"]]:
@@ -227,9 +259,13 @@ def _places(template: Float[Tensor, "*c i j"]) -> tuple[Float[Tensor, "i j"], Fl
 
 
 def _typical(found: Float[Tensor, "n q"]) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
-    """Median and spread of each measurement; a few odd photos do not widen it."""
+    """Median and spread of each measurement: as a standard deviation of normal values, from the median deviation or, if
+    that is wider, from the one that TAIL_SHARE of the photos exceed. Good photos may be of two kinds, between which
+    half of them say little; and a few odd photos do not widen it.
+    """
     centre = found.median(0).values
-    spread = 1.4826 * (found - centre).abs().median(0).values  # as a standard deviation, of normal values
+    away = (found - centre).abs()
+    spread = torch.maximum(1.4826 * away.median(0).values, away.quantile(1 - TAIL_SHARE, dim=0) / TAIL_DEVIATION)
     num_tones = found.shape[1] - NUM_SHARPNESS - len(POSES)
     least: Sequence[float] = (*[LEAST_TONE] * num_tones, *[LEAST_SHARPNESS] * NUM_SHARPNESS, *LEAST_POSE)
     return centre, (spread**2 + spread.new_tensor(least) ** 2).sqrt()

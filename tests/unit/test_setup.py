@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intra.inspection.setup import LEAST_GOOD, Setup, measurements
+from intra.inspection.setup import LEAST_GOOD, Setup, _laid_back, _warped, measurements
 
 SIDE = 96
 
@@ -104,6 +104,16 @@ def test_a_moved_photo_is_laid_as_good_ones_lie(setup: Setup) -> None:
     inner = (slice(None), slice(8, -8), slice(8, -8))
     for one, given in zip(laid[:3], moves[:3], strict=True):
         assert (one - usual)[inner].abs().mean() < 0.4 * (given - usual)[inner].abs().mean()
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 192), (1, 192, 80)])
+def test_laying_back_undoes_a_pose(shape: tuple[int, int, int]) -> None:
+    coarse = noise(1, shape[0], 5, 5, seed=2)
+    smooth = F.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)[0].clamp(0, 1)
+    pose = torch.tensor([[0.03, -0.02, 0.04, -0.05], [-0.02, 0.03, -0.03, 0.04]])
+    back = _laid_back(_warped(smooth, pose), pose)
+    assert (_warped(smooth, pose) - smooth)[:, :, 16:-16, 16:-16].abs().max() > 0.05
+    assert (back - smooth)[:, :, 16:-16, 16:-16].abs().max() < 0.01
 
 
 def test_a_photo_is_scored_by_the_others() -> None:

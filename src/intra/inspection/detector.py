@@ -94,8 +94,9 @@ class Prediction:
 
     @property
     def verdict(self) -> Literal["good", "defect", "setup"]:
-        """What to do with the part. "setup", whatever the score: under another light, focus or pose than that of the
-        good images a score says little of the part (docs/decisions/0011-trust.md).
+        """What to do with the part. "setup", whatever the score, under another light, focus or pose than that of the
+        good images, where a score says little of the part; and for a score above the threshold that comes of where the
+        part lies alone (docs/decisions/0011-trust.md).
         """
         return verdict_of(self.is_anomalous, self.setup_alarm)
 

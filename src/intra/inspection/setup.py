@@ -86,7 +86,7 @@ class Setup:
 
     @property
     def threshold(self) -> float:
-        """A photo raises the alarm if its score is above."""
+        """A photo raises the alarm if its score is above; parts that only lie elsewhere do so in `Detector`."""
         return max(LEAST_THRESHOLD, choose_threshold(self.scores, ALARM_RATE).value)
 
     def to(self, device: torch.device) -> "Setup":
@@ -109,8 +109,8 @@ class Setup:
         for those that lie usually or too far off to be laid back.
         """
         pose = _poses(_small(photos).mean(1), self.mean.mean(0)) - self.centre[-len(POSES):]
-        away = pose / self.spread[-len(POSES):]
-        can_be = (away.abs().amax(1) > LEAST_MOVED) & (pose.abs().amax(1) <= MOST_MOVED)
+        away = (pose / self.spread[-len(POSES):]).cpu()
+        can_be = (away.abs().amax(1) > LEAST_MOVED) & (pose.abs().amax(1).cpu() <= MOST_MOVED)
         reasons = [_pose_word(one) if is_moved else "" for one, is_moved in zip(away, can_be.tolist(), strict=True)]
         return _laid_back(photos, pose), reasons
 

@@ -41,7 +41,8 @@ class VerdictAnswer(BaseModel):
     width: int
     verdict: Literal["good", "defect", "setup"] = Field(description="setup: the whole picture is not as good ones are, "
                                                                     "and its score says little of the part: look at "
-                                                                    "light, focus and pose first")
+                                                                    "light, focus and pose first; or it is good once "
+                                                                    "it is laid as good ones lie")
     score: float = Field(description="raw; the higher, the further from good photos")
     p_value: float = Field(description="of good photos that were not trained on, the share that scores as high, this "
                                        "one counted in: small is unusual")
@@ -79,7 +80,7 @@ class LimitsAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """What inspects here, and all that is needed to move the threshold without another inspection."""
+    """What inspects here, and what moves the threshold without another inspection (an alarm stays as it was)."""
 
     name: str
     version: str = Field(description="of intra")

@@ -59,6 +59,19 @@ def files(run, photos, traced_once, tmp_path_factory) -> dict[str, Path]:
     return names
 
 
+def test_a_model_that_inspects_in_bf16_is_compared_in_fp32(run, photos, tmp_path):
+    rounded = Detector.load(run.path)
+    config = rounded.config.with_settings({"scoring.precision": "bf16"})
+    rounded = Detector(rounded.model, config, reference=rounded.reference, held_out_scores=rounded.held_out_scores,
+                       provenance=rounded.provenance, distribution=rounded.distribution, setup=rounded.setup)
+    found = export(rounded, tmp_path / "gear.onnx", format="onnx", data=photos / "gear").parity
+    assert found.largest_difference <= TOLERANCES["fp32"].largest
+    exported = Detector.load(tmp_path / "gear.onnx")
+    assert exported.config == config
+    own = parity(rounded, exported, [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))])
+    assert own.largest_difference > TOLERANCES["fp32"].largest  # what the check must not hold the graph to
+
+
 def test_a_signal_after_openvino_models_have_come_and_gone(files):
     script = f"""
 import os, signal

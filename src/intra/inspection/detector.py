@@ -240,19 +240,19 @@ class Detector:
         scores = image_score(maps).tolist()
         checks: Sequence[SetupCheck | None] = [None] * len(batch)
         if self.setup:
-            checks = self._with_moved_parts(self.setup, batch, maps, self.setup.check(batch))
+            checks = self._with_moved_parts(self.setup, batch, scores, self.setup.check(batch))
         return [
             self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
             in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)
         ]  # fmt: skip
 
     def _with_moved_parts(
-        self, setup: Setup, images: Float[Tensor, "b c h w"], maps: Float[Tensor, "b h w"], checks: list[SetupCheck]
+        self, setup: Setup, images: Float[Tensor, "b c h w"], scores: Sequence[float], checks: list[SetupCheck]
     ) -> list[SetupCheck]:
         """The checks, with an alarm for each image above the threshold that is below it once it is laid as good images
         lie: what is odd about it is where it lies.
         """
-        doubted = [index for index, (score, check) in enumerate(zip(image_score(maps).tolist(), checks, strict=True))
+        doubted = [index for index, (score, check) in enumerate(zip(scores, checks, strict=True))
                    if score > self.threshold and not check.alarm]
         if not doubted:
             return checks
@@ -260,8 +260,8 @@ class Detector:
         moved = [number for number, reason in enumerate(reasons) if reason]
         if not moved:
             return checks
-        scores = image_score(self.inspect(laid[moved])[1]).tolist()
-        for number, score in zip(moved, scores, strict=True):
+        laid_scores = image_score(self.inspect(laid[moved])[1]).tolist()
+        for number, score in zip(moved, laid_scores, strict=True):
             if score <= self.threshold:
                 checks[doubted[number]] = replace(checks[doubted[number]], alarm=True, reason=reasons[number])
         return checks

@@ -12,12 +12,13 @@ import PIL.Image
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 
 from intra import cli
 from intra.deploy import export as export_module
 from intra.deploy import exported
 from intra.deploy.export import TOLERANCES, ParityError, export, parity
-from intra.deploy.export_formats import SCOPES, InspectionGraph, to_onnx, with_fp16_weights
+from intra.deploy.export_formats import SCOPES, InspectionGraph, in_int8, to_onnx, with_fp16_weights
 from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector, seal
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
@@ -202,8 +203,8 @@ def test_the_file_says_what_it_is(run, files):
 
 
 def test_half_the_bits_of_the_networks_weights(run, files, photos, tmp_path):
-    weights = Detector.load(run.path).model.state_dict()
-    halved = sum(2 * each.numel() for each in weights.values() if each.ndim >= 2 and each.numel() >= 256)  # bytes
+    layers = [each for each in Detector.load(run.path).model.modules() if isinstance(each, (nn.Linear, nn.Conv2d))]
+    halved = sum(2 * each.weight.numel() for each in layers if each.weight.numel() >= 256)  # bytes
     for name, suffix in (("onnx", ".onnx"), ("openvino", ".bin")):
         file = tmp_path / files[name].name
         found = export(run.path, file, format=name, precision="fp16", data=photos / "gear")
@@ -223,8 +224,24 @@ def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path):
         return
     assert found.parity.image_auroc is not None
     assert found.parity.image_auroc_before - found.parity.image_auroc <= TOLERANCES["int8"].auroc_loss
-    types = {node.op_type for node in onnx.load(file).graph.node}
+    types = {each.op_type for each in onnx.load(file).graph.node}
     assert "QuantizeLinear" in types
+
+
+def test_int8_leaves_alone_where_pixels_come_in_and_go_out(run, traced_once, tests):
+    """In 8 bits, these and the convolutions of one channel each cost a trained model more than what may be lost."""
+    pictures = [np.asarray(PIL.Image.open(path).convert("RGB").resize((64, 64))) for path in tests[:4]]
+    graph = in_int8(traced_once(Detector.load(run.path, device="cpu")), pictures)
+    made_by = {each.output[0]: each for each in graph.graph.node}
+    in_8_bits: dict[str, bool] = {}  # by module
+    for each in graph.graph.node:
+        scopes = next((entry.value for entry in each.metadata_props if entry.key == SCOPES), "")
+        if each.op_type in ("Conv", "Gemm", "MatMul") and "'model." in scopes:
+            weight = made_by.get(each.input[1])
+            in_8_bits[scopes.split("', '")[-2]] = weight is not None and weight.op_type == "DequantizeLinear"
+    assert in_8_bits["model.blocks.0.mlp.0"]
+    assert in_8_bits["model.blocks.0.attn.proj"]
+    assert not any(in_8_bits[f"model.{name}"] for name in ("patch_embed", "head", "pos_convs.0"))
 
 
 def doctored(proto):
@@ -336,18 +353,28 @@ def test_a_lacking_package_is_one_sentence(files, monkeypatch):
             Detector.load(files[name])
 
 
-def test_small_and_huge_weights_and_those_of_no_network_keep_their_bits():
-    values = {"small": np.ones(3, np.float32), "large": np.ones((10, 100), np.float32),
-              "huge": np.full((10, 100), 1e6, np.float32), "whole": np.ones(1000, np.int64),
+def node(op: str, inputs: list[str], output: str, module: str | None = None) -> "onnx.NodeProto":
+    """A node that the exporter notes as of one of the model's modules; None: of none."""
+    found = onnx.helper.make_node(op, inputs, [output], name=output)
+    if module:
+        found.metadata_props.add(key=SCOPES, value=f"['', 'model', 'model.{module}', 'linear']")
+    return found
+
+
+def test_small_and_huge_weights_and_those_of_no_product_of_a_network_keep_their_bits():
+    """The mean image, of which a network's node gathers patches, is a constant of any name in the graph."""
+    values = {"small": np.ones((3, 3), np.float32), "large": np.ones((10, 100), np.float32),
+              "huge": np.full((10, 100), 1e6, np.float32), "whole": np.ones((10, 100), np.int64),
+              "bias": np.ones(1000, np.float32), "mean": np.ones((10, 100), np.float32),
               "other": np.ones((10, 100), np.float32)}
-    network = onnx.helper.make_node("Sum", ["small", "large", "huge", "whole"], ["a"])
-    network.metadata_props.add(key=SCOPES, value="['', 'model', 'model.head', 'linear']")
-    nodes = [network, onnx.helper.make_node("Sum", ["other"], ["b"])]
+    nodes = [node("Gemm", ["small", "large", "huge", "whole", "bias"], "a", "head"),
+             node("GatherND", ["mean", "whole"], "b", "index"), node("MatMul", ["other"], "c")]
     graph = onnx.helper.make_graph(nodes, "weights", [], [], [
         onnx.numpy_helper.from_array(value, name) for name, value in values.items()])
     found = with_fp16_weights(onnx.helper.make_model(graph))
-    assert [weight.name for weight in found.graph.initializer] == ["small", "large_fp16", "huge", "whole", "other"]
-    assert [node.output[0] for node in found.graph.node] == ["large", "a", "b"]
+    assert [weight.name for weight in found.graph.initializer] == [
+        "small", "large_fp16", "huge", "whole", "bias", "mean", "other"]
+    assert [each.output[0] for each in found.graph.node] == ["large", "a", "b", "c"]
 
 
 def test_the_example_runs_without_torch(files, run, tests):

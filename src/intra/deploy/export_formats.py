@@ -36,12 +36,13 @@ Format = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 OPSET = 20  # the exporter's own: the first with GELU as one node
-LEAST_SHARED = 256  # values of a weight that is stored in fewer bits: smaller ones save nothing
+LEAST_SHARED = 256  # values of a weight that is stored in fewer bits: smaller ones, and biases, save nothing
 LARGEST_FP16 = 65504.0
 LARGEST_FILE = 2**31 - 1  # bytes: protobuf's limit
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes of which module a node comes
-IN_PIXELS = "mean_patches"  # in the name of a weight that is an image itself: rounded, every repaired image would be
-QUANTIZED = {"Conv", "Gemm", "MatMul"}
+PRODUCTS = {"Conv", "Gemm", "MatMul"}
+# Of the transformer, what int8 spoils: where pixels come in and go out, and convolutions of one channel each.
+NOT_IN_INT8 = ("'model.patch_embed'", "'model.head'", "'model.pos_convs.")
 
 
 class InspectionGraph(nn.Module):
@@ -91,24 +92,23 @@ def to_onnx(detector: Detector) -> "onnx.ModelProto":
 
 
 def with_fp16_weights(proto: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph with the networks' larger weights stored in half the bits; the arithmetic stays fp32.
+    """The graph with the larger weights of the networks' products stored in half the bits; the arithmetic stays fp32.
 
-    The distribution keeps all bits: with fp16 whitening the maps differ by 3 % of their range.
+    The others keep all bits: rounded, the mean image, from which a network starts, would show in every repaired image,
+    and with fp16 whitening the maps differ by 3 % of their range.
     """
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
-    of_networks = {name for node in proto.graph.node if _of_a_network(node) for name in node.input}
+    of_products = {name for node in proto.graph.node if _is_product(node) for name in node.input}
     casts = []
     for weight in graph.graph.initializer:
-        if weight.data_type != onnx.TensorProto.FLOAT or weight.name not in of_networks:
+        if weight.data_type != onnx.TensorProto.FLOAT or weight.name not in of_products:
             continue
         values = numpy_helper.to_array(weight)
-        if values.ndim < 2 or IN_PIXELS in weight.name:  # biases and norms save nothing
-            continue
-        if values.size < LEAST_SHARED or np.abs(values).max() > LARGEST_FP16:
+        if values.ndim < 2 or values.size < LEAST_SHARED or np.abs(values).max() > LARGEST_FP16:
             continue
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
@@ -122,7 +122,8 @@ def with_fp16_weights(proto: "onnx.ModelProto") -> "onnx.ModelProto":
 def in_int8(proto: "onnx.ModelProto", photos: list[np.ndarray]) -> "onnx.ModelProto":
     """The graph with the networks' products of 8 bits, their ranges from good photos, each (H, W, C) of uint8.
 
-    Distribution, differences and maps stay fp32: they divide small differences by small spreads.
+    Distribution, differences and maps stay fp32: they divide small differences by small spreads. So do those products
+    of the transformer that gain little in 8 bits and lose much: docs/decisions/0012-export.md
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -136,8 +137,8 @@ def in_int8(proto: "onnx.ModelProto", photos: list[np.ndarray]) -> "onnx.ModelPr
             return None if photo is None else {"photos": photo[None], "threshold": np.array(0, np.float32)}
 
     weights = {weight.name for weight in proto.graph.initializer}
-    chosen = [node.name for node in proto.graph.node
-              if node.op_type in QUANTIZED and weights & set(node.input) and _of_a_network(node)]
+    chosen = [node.name for node in proto.graph.node if _is_product(node) and weights & set(node.input)
+              and not any(part in _scopes(node) for part in NOT_IN_INT8)]
     if not chosen:
         raise InTraError("this model has no product of a network to compute in int8; export it with --precision fp32")
     graph = onnx.ModelProto()
@@ -174,10 +175,13 @@ def write_graph(proto: "onnx.ModelProto", file: Path, *, header: str, threshold:
     openvino.save_model(model, file, compress_to_fp16=False)  # of itself it would
 
 
-def _of_a_network(node: "onnx.NodeProto") -> bool:
-    """Whether a node comes from the model's modules."""
-    scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-    return "'model." in scopes or "'model'" in scopes
+def _is_product(node: "onnx.NodeProto") -> bool:
+    """Whether a node is a product of the model's modules."""
+    return node.op_type in PRODUCTS and ("'model." in _scopes(node) or "'model'" in _scopes(node))
+
+
+def _scopes(node: "onnx.NodeProto") -> str:
+    return next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
 
 
 @contextmanager

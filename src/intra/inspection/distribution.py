@@ -6,7 +6,7 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
-docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md, 0018-loudest-large-cell.md
+docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md
 """
 
 from collections.abc import Sequence
@@ -125,8 +125,8 @@ class PatchDistribution:
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over scales and descriptions: that of the smallest cell, and of the
-        larger ones the most that any says. Images in [0, 1]; repaired ones as those that it was fitted to.
+        """log(1 + distance) at each pixel, summed over scales, grids and descriptions. Images in [0, 1]; repaired ones
+        as those that it was fitted to.
         """
         return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
@@ -140,9 +140,8 @@ class PatchDistribution:
         if self.describe.cells is not None:  # a cell outside is as its neighbour: at the border nothing is diluted
             sums = [each.index_select(1, cells.nearest) for each, cells in zip(sums, self.describe.cells, strict=True)]
         maps = [each.unflatten(1, grid)[:, None] for each, grid in zip(sums, self.describe.grids, strict=True)]
-        smallest, *larger = (F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
-                             for each in maps)
-        return smallest + torch.stack(larger).amax(0) if larger else smallest
+        return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
+                            for each in maps]).sum(0)
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""

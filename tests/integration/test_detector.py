@@ -1,6 +1,8 @@
 """The detector: one by one as in a batch, at the input's own size, the same after a trip through its file."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,15 @@ from intra.inspection.model_file import FORMAT_VERSION, content_digest
 @pytest.fixture(scope="module")
 def detector(run) -> Detector:
     return Detector.load(run.path)
+
+
+def test_a_first_good_verdict_waits_for_no_compiler_and_no_scipy(run, detector, tests):
+    """They take longer than all the rest; torch loads its compiler to draw the numbers of a network without any."""
+    photo = next(str(path) for path in tests if detector.predict(path).verdict == "good")
+    code = (f"import sys, intra; found = intra.Detector.load({str(run.path)!r}).predict({photo!r});"
+            "print(found.verdict, [name for name in ('scipy', 'sympy', 'torch._dynamo') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["good", "[]"]
 
 
 @pytest.fixture(scope="module")

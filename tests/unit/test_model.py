@@ -10,7 +10,7 @@ from conftest import descend
 from intra.config import ModelConfig, preset
 from intra.geometry import random_windows, window_positions
 from intra.models import InTra, build
-from intra.models.intra import Attention, long_residual_pairs
+from intra.models.intra import MANY_TOKENS, Attention, long_residual_pairs
 
 SMALL = ModelConfig(channels=2, patch_size=4, grid=(6, 5), window_size=3, embed_dim=32, depth=3, num_heads=4)
 SMALL_LATTICE = dataclasses.replace(SMALL, window_size=None, readout="token")
@@ -146,15 +146,19 @@ def test_each_block_reads_the_skip_that_it_should():
     torch.testing.assert_close(inputs[5], outputs[4] + outputs[1])
 
 
+@pytest.mark.parametrize("num_tokens", [9, MANY_TOKENS], ids=["written out", "fused"])
 @pytest.mark.parametrize("feature", [True, False])
-def test_attention_equals_its_formula_with_and_without_gradients(feature):
+def test_attention_equals_its_formula_with_and_without_gradients(feature, num_tokens):
     torch.manual_seed(0)
     attention = Attention(32, 4, feature=feature, value_mlp=False).double()
-    x = torch.rand(2, 9, 32, dtype=torch.float64)
+    x = torch.rand(2, num_tokens, 32, dtype=torch.float64, requires_grad=True)
     heads = [part(x).chunk(4, dim=-1) for part in (attention.query, attention.key, attention.value)]
     mixed = [torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v for q, k, v in zip(*heads, strict=True)]
     expected = attention.proj(torch.cat(mixed, -1))
-    torch.testing.assert_close(attention(x), expected)
+    found = attention(x)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.rand_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x, wanted), torch.autograd.grad(expected, x, wanted))
     with torch.no_grad():  # the padded form
         torch.testing.assert_close(attention(x), expected)
 

@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
-from scipy.special import betaincinv
 from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.errors import InTraError
 from intra.inspection.anomaly import Evidence, Reference, anomaly_map, image_score, tails_of
 
-__all__ = ["INTERVAL_SHARE", "Threshold", "calibrate", "check_held_out", "choose_threshold", "given_threshold",
-           "moved_threshold", "p_value"]
+__all__ = ["INTERVAL_SHARE", "Threshold", "calibrate", "check_held_out", "choose_threshold", "conformal_quantile",
+           "given_threshold", "moved_threshold", "p_value"]
 
 LEAST_HELD_OUT = 3  # images, to score each by what the others decide
 NUM_FOLDS = 5  # of held-out images, where each anew costs a distribution
@@ -56,17 +55,23 @@ def choose_threshold(scores: Sequence[float], false_reject_rate: float) -> Thres
     That is a mean over sets of n images. With one set in hand, the share of new good images above the k-th of n scores
     follows Beta(n + 1 - k, k), whatever the scores' distribution (Vovk 2012): its quantiles are the interval.
     """
+    value, k, n = conformal_quantile(scores, false_reject_rate), _rank(len(scores), false_reject_rate), len(scores)
+    return Threshold(value, (n + 1 - k) / (n + 1), false_reject_rate, n,
+                     _beta_quantile(n + 1 - k, k, (1 - INTERVAL_SHARE) / 2),
+                     _beta_quantile(n + 1 - k, k, (1 + INTERVAL_SHARE) / 2))
+
+
+def conformal_quantile(scores: Sequence[float], false_reject_rate: float) -> float:
+    """The value of `choose_threshold`, without its interval."""
     if not 0 < false_reject_rate < 1:
         raise InTraError(f"the false-reject rate is {false_reject_rate}; it must lie between 0 and 1, e.g. 0.01")
     if not scores:
         raise InTraError("a threshold needs the scores of good images that were not trained on; there are none")
-    ordered = sorted(float(score) for score in scores)
-    n = len(ordered)
-    k = math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9)  # rounding must not ask for one image more
-    k = min(k, n)
-    return Threshold(ordered[k - 1], (n + 1 - k) / (n + 1), false_reject_rate, n,
-                     _beta_quantile(n + 1 - k, k, (1 - INTERVAL_SHARE) / 2),
-                     _beta_quantile(n + 1 - k, k, (1 + INTERVAL_SHARE) / 2))
+    return sorted(float(score) for score in scores)[_rank(len(scores), false_reject_rate) - 1]
+
+
+def _rank(n: int, false_reject_rate: float) -> int:
+    return min(n, math.ceil((n + 1) * (1 - false_reject_rate) - 1e-9))  # rounding must not ask for one image more
 
 
 def given_threshold(scores: Sequence[float], value: float) -> Threshold:
@@ -92,6 +97,8 @@ def p_value(score: float, held_out_scores: Sequence[float]) -> float:
 
 
 def _beta_quantile(a: int, b: int, probability: float) -> float:
+    from scipy.special import betaincinv  # slow to import; a stored threshold needs none
+
     return float(betaincinv(a, b, probability))
 
 

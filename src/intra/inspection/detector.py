@@ -13,7 +13,6 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy import ndimage
 from torch import Tensor, nn
 
 from intra.config import Config, ModelConfig, ScoringConfig
@@ -373,6 +372,10 @@ def _like(image: Float[Tensor, "c h w"], array: np.ndarray) -> np.ndarray:
 
 
 def _defects(mask: np.ndarray, scores: np.ndarray) -> tuple[Defect, ...]:
+    if not mask.any():
+        return ()
+    from scipy import ndimage  # a quarter of a second, which a first good photo need not wait for
+
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     found = []
     for index, (rows, cols) in enumerate(ndimage.find_objects(labels), start=1):

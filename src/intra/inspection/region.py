@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
-from scipy import ndimage
 from torch import Tensor
 
 from intra.data.images import to_unit
@@ -59,6 +58,8 @@ class Region:
 
     def cells(self, grid: tuple[int, int]) -> Cells:
         """The cells of a grid of so many rows and cols over the image that touch the region."""
+        from scipy import ndimage  # slow to import; only a region needs it
+
         touched = (F.adaptive_max_pool2d(self.inside[None].float(), grid)[0] > 0).cpu()
         number = (touched.flatten().cumsum(0) - 1).view(grid)
         rows, cols = ndimage.distance_transform_edt(~touched.numpy(), return_distances=False, return_indices=True)

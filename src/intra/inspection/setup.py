@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from intra.data.images import to_unit
-from intra.inspection.calibration import choose_threshold, p_value
+from intra.inspection.calibration import conformal_quantile, p_value
 from intra.similarity import box_blur
 
 __all__ = ["LEAST_GOOD", "Setup", "SetupCheck", "measurements"]
@@ -87,7 +87,7 @@ class Setup:
     @property
     def threshold(self) -> float:
         """A photo raises the alarm if its score is above; parts that only lie elsewhere do so in `Detector`."""
-        return max(LEAST_THRESHOLD, choose_threshold(self.scores, ALARM_RATE).value)
+        return max(LEAST_THRESHOLD, conformal_quantile(self.scores, ALARM_RATE))
 
     def to(self, device: torch.device) -> "Setup":
         """The same on a device."""

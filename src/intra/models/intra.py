@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = ["InTra"]
 
 SMALL_HEAD_STD = 1e-3  # of a head that starts beside the mean image: close to it, and no weight without a gradient
+MANY_TOKENS = 1024  # from there on the fused kernel is faster, backwards too, and keeps no matrix of all pairs
 POSITION_STD = 0.02  # of the position embeddings and the hidden vector at the start, as in ViT
 
 
@@ -94,8 +95,8 @@ class InTra(nn.Module):
         self.readout = readout
         self.skips = long_residual_pairs(depth) if long_residuals else {}
         self.patch_embed = nn.Linear(patch_dim, embed_dim)
-        self.pos_embed = nn.Parameter(torch.randn(num_positions, embed_dim) * POSITION_STD)
-        self.hidden_token = nn.Parameter(torch.randn(embed_dim) * POSITION_STD)
+        self.pos_embed = nn.Parameter(_normal(torch.empty(num_positions, embed_dim), POSITION_STD))
+        self.hidden_token = nn.Parameter(_normal(torch.empty(embed_dim), POSITION_STD))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, feature=attention == "mfsa", value_mlp=value_mlp)
             for _ in range(depth)
@@ -109,7 +110,7 @@ class InTra(nn.Module):
         self.head = nn.Linear(embed_dim, patch_dim)
         self.mean_patches = nn.Parameter(torch.zeros(num_positions, patch_dim)) if mean_start else None
         if mean_start:
-            nn.init.normal_(self.head.weight, std=SMALL_HEAD_STD)
+            _normal(self.head.weight, SMALL_HEAD_STD)
             nn.init.zeros_(self.head.bias)
         self.segmenter = make_segmenter() if make_segmenter else None
 
@@ -186,9 +187,22 @@ def long_residual_pairs(depth: int) -> dict[int, int]:
 
 
 def _fused_is_faster(query: Tensor) -> bool:
-    """Only forwards, in bf16, on a processor with matrix tiles; elsewhere attention written out is: decision 0002."""
+    """Of many tokens; of fewer only forwards, in bf16, on a processor with matrix tiles. Elsewhere attention written
+    out is, and in graphs, which runtimes optimise by themselves: docs/decisions/0002-attention.md
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if query.shape[-2] >= MANY_TOKENS:
+        return True
     return (query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling() and torch.cpu._is_amx_tile_supported())
+            and torch.cpu._is_amx_tile_supported())
+
+
+def _normal(values: Float[Tensor, "*n"], std: float) -> Float[Tensor, "*n"]:
+    """The same tensor, drawn anew; left alone where it holds nothing ("meta"), for which torch would load its compiler:
+    half of the time that a model takes to load.
+    """
+    return values if values.is_meta else nn.init.normal_(values, std=std)
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:

@@ -26,6 +26,11 @@ def detector(run) -> Detector:
     return Detector.load(run.path)
 
 
+@pytest.fixture(scope="module")
+def tests(photos) -> list[Path]:
+    return sorted((photos / "gear" / "test").rglob("*.png"))
+
+
 def test_a_first_good_verdict_waits_for_no_compiler_and_no_scipy(run, detector, tests):
     """They take longer than all the rest; torch loads its compiler to draw the numbers of a network without any."""
     photo = next(str(path) for path in tests if detector.predict(path).verdict == "good")
@@ -33,11 +38,6 @@ def test_a_first_good_verdict_waits_for_no_compiler_and_no_scipy(run, detector, 
             "print(found.verdict, [name for name in ('scipy', 'sympy', 'torch._dynamo') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["good", "[]"]
-
-
-@pytest.fixture(scope="module")
-def tests(photos) -> list[Path]:
-    return sorted((photos / "gear" / "test").rglob("*.png"))
 
 
 def equal(one, other) -> bool:

@@ -366,15 +366,16 @@ def test_small_and_huge_weights_and_those_of_no_product_of_a_network_keep_their_
     values = {"small": np.ones((3, 3), np.float32), "large": np.ones((10, 100), np.float32),
               "huge": np.full((10, 100), 1e6, np.float32), "whole": np.ones((10, 100), np.int64),
               "bias": np.ones(1000, np.float32), "mean": np.ones((10, 100), np.float32),
-              "other": np.ones((10, 100), np.float32)}
+              "other": np.ones((10, 100), np.float32), "up": np.ones((10, 10, 4, 4), np.float32)}
     nodes = [node("Gemm", ["small", "large", "huge", "whole", "bias"], "a", "head"),
-             node("GatherND", ["mean", "whole"], "b", "index"), node("MatMul", ["other"], "c")]
+             node("GatherND", ["mean", "whole"], "b", "index"), node("MatMul", ["other"], "c"),
+             node("ConvTranspose", ["up"], "d", "decoder.0")]
     graph = onnx.helper.make_graph(nodes, "weights", [], [], [
         onnx.numpy_helper.from_array(value, name) for name, value in values.items()])
     found = with_fp16_weights(onnx.helper.make_model(graph))
     assert [weight.name for weight in found.graph.initializer] == [
-        "small", "large_fp16", "huge", "whole", "bias", "mean", "other"]
-    assert [each.output[0] for each in found.graph.node] == ["large", "a", "b", "c"]
+        "small", "large_fp16", "huge", "whole", "bias", "mean", "other", "up_fp16"]
+    assert [each.output[0] for each in found.graph.node] == ["large", "up", "a", "b", "c", "d"]
 
 
 def test_the_example_runs_without_torch(files, run, tests):

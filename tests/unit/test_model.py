@@ -1,16 +1,20 @@
 """The network: the paper's size, what each output may depend on, the long residuals, and that it can learn."""
 
 import dataclasses
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import descend
 
-from intra.config import ModelConfig, preset
+from intra.config import PRESETS, ModelConfig, preset
 from intra.geometry import random_windows, window_positions
 from intra.models import InTra, build
-from intra.models.intra import MANY_TOKENS, Attention, long_residual_pairs
+from intra.models import intra as intra_module
+from intra.models.intra import MANY_TOKENS, Attention, _fused_is_faster, long_residual_pairs
 
 SMALL = ModelConfig(channels=2, patch_size=4, grid=(6, 5), window_size=3, embed_dim=32, depth=3, num_heads=4)
 SMALL_LATTICE = dataclasses.replace(SMALL, window_size=None, readout="token")
@@ -146,21 +150,41 @@ def test_each_block_reads_the_skip_that_it_should():
     torch.testing.assert_close(inputs[5], outputs[4] + outputs[1])
 
 
-@pytest.mark.parametrize("num_tokens", [9, MANY_TOKENS], ids=["written out", "fused"])
+@pytest.mark.parametrize("is_fused", [False, True])
 @pytest.mark.parametrize("feature", [True, False])
-def test_attention_equals_its_formula_with_and_without_gradients(feature, num_tokens):
+def test_attention_equals_its_formula_with_and_without_gradients(feature, is_fused, monkeypatch):
+    monkeypatch.setattr(intra_module, "_fused_is_faster", lambda _: is_fused)
     torch.manual_seed(0)
     attention = Attention(32, 4, feature=feature, value_mlp=False).double()
-    x = torch.rand(2, num_tokens, 32, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(2, 9, 32, dtype=torch.float64, requires_grad=True)
     heads = [part(x).chunk(4, dim=-1) for part in (attention.query, attention.key, attention.value)]
     mixed = [torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v for q, k, v in zip(*heads, strict=True)]
     expected = attention.proj(torch.cat(mixed, -1))
-    found = attention(x)
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as kernel:
+        found = attention(x)
+    assert kernel.called == is_fused
     torch.testing.assert_close(found, expected)
     wanted = torch.rand_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, wanted), torch.autograd.grad(expected, x, wanted))
-    with torch.no_grad():  # the padded form
+    with torch.no_grad():
         torch.testing.assert_close(attention(x), expected)
+
+
+def test_large_grids_attend_with_the_fused_kernel():
+    assert _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8))
+    assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS - 1, 8))
+    assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8, device="meta"))  # nor on any other device
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):  # as while a graph is traced
+        assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_network_without_weights_loads_no_compiler(name):
+    """A detector is built so, then gets its weights; torch would load its compiler to draw normal numbers for it."""
+    code = ("import sys, torch; from intra.config import preset; from intra.models import build\n"
+            f"with torch.device('meta'): build(preset({name!r}).model)\n"
+            "print([name for name in ('sympy', 'torch._dynamo') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_feature_attention_has_the_papers_widths():

@@ -40,8 +40,10 @@ LEAST_SHARED = 256  # values of a weight that is stored in fewer bits: smaller o
 LARGEST_FP16 = 65504.0
 LARGEST_FILE = 2**31 - 1  # bytes: protobuf's limit
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes of which module a node comes
-PRODUCTS = {"Conv", "Gemm", "MatMul"}
-# Of the transformer, what int8 spoils: where pixels come in and go out, and convolutions of one channel each.
+PRODUCTS = {"Conv", "Gemm", "MatMul"}  # that can be computed in int8
+HALVED = PRODUCTS | {"ConvTranspose"}  # whose weights can be stored in fp16
+# What int8 spoils of the transformer: where pixels come in and go out (RIAD's last layer has the same name), and
+# convolutions of one channel each.
 NOT_IN_INT8 = ("'model.patch_embed'", "'model.head'", "'model.pos_convs.")
 
 
@@ -102,7 +104,8 @@ def with_fp16_weights(proto: "onnx.ModelProto") -> "onnx.ModelProto":
 
     graph = onnx.ModelProto()
     graph.CopyFrom(proto)
-    of_products = {name for node in proto.graph.node if _is_product(node) for name in node.input}
+    of_products = {name for node in proto.graph.node if _of_a_network(node) and node.op_type in HALVED
+                   for name in node.input}
     casts = []
     for weight in graph.graph.initializer:
         if weight.data_type != onnx.TensorProto.FLOAT or weight.name not in of_products:
@@ -113,6 +116,8 @@ def with_fp16_weights(proto: "onnx.ModelProto") -> "onnx.ModelProto":
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_fp16"))
         casts.append(onnx.helper.make_node("Cast", [f"{name}_fp16"], [name], to=onnx.TensorProto.FLOAT))
+    if not casts:
+        raise InTraError("this model has no weight of a network to store in fp16; export it with --precision fp32")
     nodes = [*casts, *graph.graph.node]
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
@@ -137,7 +142,8 @@ def in_int8(proto: "onnx.ModelProto", photos: list[np.ndarray]) -> "onnx.ModelPr
             return None if photo is None else {"photos": photo[None], "threshold": np.array(0, np.float32)}
 
     weights = {weight.name for weight in proto.graph.initializer}
-    chosen = [node.name for node in proto.graph.node if _is_product(node) and weights & set(node.input)
+    chosen = [node.name for node in proto.graph.node
+              if node.op_type in PRODUCTS and weights & set(node.input) and _of_a_network(node)
               and not any(part in _scopes(node) for part in NOT_IN_INT8)]
     if not chosen:
         raise InTraError("this model has no product of a network to compute in int8; export it with --precision fp32")
@@ -175,9 +181,9 @@ def write_graph(proto: "onnx.ModelProto", file: Path, *, header: str, threshold:
     openvino.save_model(model, file, compress_to_fp16=False)  # of itself it would
 
 
-def _is_product(node: "onnx.NodeProto") -> bool:
-    """Whether a node is a product of the model's modules."""
-    return node.op_type in PRODUCTS and ("'model." in _scopes(node) or "'model'" in _scopes(node))
+def _of_a_network(node: "onnx.NodeProto") -> bool:
+    """Whether a node comes from the model's modules."""
+    return "'model." in _scopes(node) or "'model'" in _scopes(node)
 
 
 def _scopes(node: "onnx.NodeProto") -> str:

@@ -121,7 +121,9 @@ def data_uri(picture: RGB8) -> str:
 
 def _ring(mask: Bool[np.ndarray, "h w"], line: int) -> Bool[np.ndarray, "h w"]:
     """The line around each region; along the border of the image it lies inside."""
-    from scipy import ndimage  # slow to import; without pictures nobody waits for it
+    if not mask.any():
+        return mask
+    from scipy import ndimage  # slow to import: good photos do not wait for it
 
     grown = ndimage.maximum_filter(mask, size=2 * line + 1, mode="constant", cval=0)
     return grown & ~ndimage.minimum_filter(grown, size=2 * line + 1, mode="constant", cval=0)

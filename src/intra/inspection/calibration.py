@@ -55,7 +55,9 @@ def choose_threshold(scores: Sequence[float], false_reject_rate: float) -> Thres
     That is a mean over sets of n images. With one set in hand, the share of new good images above the k-th of n scores
     follows Beta(n + 1 - k, k), whatever the scores' distribution (Vovk 2012): its quantiles are the interval.
     """
-    value, k, n = conformal_quantile(scores, false_reject_rate), _rank(len(scores), false_reject_rate), len(scores)
+    value = conformal_quantile(scores, false_reject_rate)
+    n = len(scores)
+    k = _rank(n, false_reject_rate)
     return Threshold(value, (n + 1 - k) / (n + 1), false_reject_rate, n,
                      _beta_quantile(n + 1 - k, k, (1 - INTERVAL_SHARE) / 2),
                      _beta_quantile(n + 1 - k, k, (1 + INTERVAL_SHARE) / 2))

@@ -54,6 +54,8 @@ def _start(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
     We know of no start that the papers name. With PyTorch's own, twenty layers without normalisation leave 1e-9 of what
     tells two images apart, and hundreds of steps pass before the output depends on the input.
     """
+    if layer.weight.is_meta:  # holds nothing, and torch would load its compiler for it
+        return
     summands = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]  # of each output
     if isinstance(layer, nn.ConvTranspose2d):  # where kernels overlap, not all of them; a 1 x 1 input has one pixel
         overlap = layer.stride[0] * layer.stride[1]

@@ -43,7 +43,8 @@ class Attention(nn.Module):
         scale = query.shape[-1] ** -0.5
         if _fused_is_faster(query):
             lacking = value.shape[-1] - query.shape[-1]  # the fused kernel wants heads of one width; zeros add nothing
-            query, key = (F.pad(each, (0, lacking)) for each in (query, key))
+            if lacking:
+                query, key = (F.pad(each, (0, lacking)) for each in (query, key))
             mixed = F.scaled_dot_product_attention(query, key, value, scale=scale)
         else:
             mixed = torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1) @ value  # (B, heads, T, width)
@@ -187,15 +188,13 @@ def long_residual_pairs(depth: int) -> dict[int, int]:
 
 
 def _fused_is_faster(query: Tensor) -> bool:
-    """Of many tokens; of fewer only forwards, in bf16, on a processor with matrix tiles. Elsewhere attention written
-    out is, and in graphs, which runtimes optimise by themselves: docs/decisions/0002-attention.md
+    """On a CPU: of many tokens; of fewer only forwards, in bf16, with matrix tiles. Elsewhere attention is written out,
+    and in graphs, which runtimes optimise by themselves: docs/decisions/0002-attention.md
     """
-    if torch.compiler.is_compiling():
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if query.shape[-2] >= MANY_TOKENS:
-        return True
-    return (query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-            and torch.cpu._is_amx_tile_supported())
+    return query.shape[-2] >= MANY_TOKENS or (
+        query.dtype == torch.bfloat16 and not torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported())
 
 
 def _normal(values: Float[Tensor, "*n"], std: float) -> Float[Tensor, "*n"]:

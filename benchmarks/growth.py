@@ -139,18 +139,23 @@ def _draw(folder: Path, count: int, side: int) -> None:
 
 
 def table(sizes: list[Size], counts: list[Photos]) -> str:
-    """What the documents show."""
-    lines = ["| side, px | channels | step of 8, ms | GFLOP | inspection, ms | GFLOP | model file, MiB | memory, MiB |",
-             "|---|---|---|---|---|---|---|---|"]
-    lines += [f"| {each.side_px} | {each.channels} | {each.step_ms:,.0f} | {each.step_gflop:,.0f} | "
+    """What the documents show; of what was not measured nothing."""
+    tables = []
+    if sizes:
+        tables.append([
+            "| side, px | channels | step of 8, ms | GFLOP | inspection, ms | GFLOP | model file, MiB | memory, MiB |",
+            "|---|---|---|---|---|---|---|---|",
+            *(f"| {each.side_px} | {each.channels} | {each.step_ms:,.0f} | {each.step_gflop:,.0f} | "
               f"{each.inspection_ms:,.0f} | {each.inspection_gflop:,.1f} | {each.model_mib:,.1f} | "
-              f"{each.memory_mib:,.0f} |" for each in sizes]
-    lines += ["", "| photos to train on | decoding alone, s | to the first step, s | the same again, s | statistics "
-              "and threshold, s | model file, MiB | memory, MiB |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {each.num_photos:,} | {each.decoding_s:,.1f} | {each.first_start_s:,.1f} | "
-              f"{each.next_start_s:,.1f} | {each.calibration_s:,.1f} | {each.model_mib:,.1f} | "
-              f"{each.memory_mib:,.0f} |" for each in counts]
-    return "\n".join(lines)
+              f"{each.memory_mib:,.0f} |" for each in sizes)])
+    if counts:
+        tables.append([
+            "| photos to train on | decoding alone, s | to the first step, s | the same again, s | statistics and "
+            "threshold, s | model file, MiB | memory, MiB |",
+            "|---|---|---|---|---|---|---|",
+            *(f"| {each.num_photos:,} | {each.decoding_s:,.1f} | {each.first_start_s:,.1f} | {each.next_start_s:,.1f} "
+              f"| {each.calibration_s:,.1f} | {each.model_mib:,.1f} | {each.memory_mib:,.0f} |" for each in counts)])
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from intra import cli
 from intra.deploy import export as export_module
 from intra.deploy import exported
 from intra.deploy.export import TOLERANCES, ParityError, export, parity
-from intra.deploy.export_formats import SCOPES, InspectionGraph, in_int8, to_onnx, with_fp16_weights
+from intra.deploy.export_formats import SCOPES, InspectionGraph, _scopes, in_int8, to_onnx, with_fp16_weights
 from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector, seal
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
@@ -235,7 +235,7 @@ def test_int8_leaves_alone_where_pixels_come_in_and_go_out(run, traced_once, tes
     made_by = {each.output[0]: each for each in graph.graph.node}
     in_8_bits: dict[str, bool] = {}  # by module
     for each in graph.graph.node:
-        scopes = next((entry.value for entry in each.metadata_props if entry.key == SCOPES), "")
+        scopes = _scopes(each)
         if each.op_type in ("Conv", "Gemm", "MatMul") and "'model." in scopes:
             weight = made_by.get(each.input[1])
             in_8_bits[scopes.split("', '")[-2]] = weight is not None and weight.op_type == "DequantizeLinear"

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
+from intra.data.images import to_unit
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import FORMAT_VERSION, content_digest
@@ -239,12 +240,28 @@ def test_wrong_images_are_refused(detector, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_hidden_defect_does_not_change_its_own_repair(detector, seed):
-    """What the patch shows has no influence on what is inpainted in its place, through the whole detector."""
-    image = (np.random.default_rng(seed).random((64, 64, 3)) * 255).astype(np.uint8)
-    changed = image.copy()
-    changed[24:32, 24:32] = 255
-    before, after = (detector.predict(x).repaired[24:32, 24:32] for x in (image, changed))
-    assert np.array_equal(before, after)
+    """What the patch shows has no influence on what is inpainted in its place."""
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    changed = image.clone()
+    changed[..., 24:32, 24:32] = 1
+    before, after = (detector.inspect(x)[0][..., 24:32, 24:32] for x in (image, changed))
+    assert torch.equal(before, after)
+
+
+def test_an_anomalous_photo_is_repaired_from_a_context_without_its_defect(detector, photos):
+    good = np.asarray(PIL.Image.open(photos / "gear" / "test" / "good" / "000.png").convert("RGB"))
+    defective = good.copy()
+    defective[20:44, 20:44] = (255, 0, 255)
+    pixels = to_unit(torch.from_numpy(np.stack([good, defective])).permute(0, 3, 1, 2))
+    once, maps = detector.inspect(pixels)
+    cleaned = torch.where(maps[1] > detector.threshold, once[1].clamp(0, 1), pixels[1])
+    expected = torch.stack([once[0], detector.repaired(cleaned[None])[0]]).clamp(0, 1) * 255
+    found = detector.predict_batch([good, defective])
+    assert [each.is_anomalous for each in found] == [False, True]
+    for prediction, known in zip(found, expected, strict=True):
+        assert np.abs(prediction.repaired - known.permute(1, 2, 0).numpy()).max() <= 1
+    twice = np.abs(found[1].repaired.astype(float) - good)[20:44, 20:44].mean()
+    assert twice < (once[1] * 255 - 255 * pixels[0]).abs()[:, 20:44, 20:44].mean()
 
 
 def test_grey_and_many_channels_can_be_learnt(tmp_path):

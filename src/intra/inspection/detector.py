@@ -221,10 +221,19 @@ class Detector:
         """The repaired images and the anomaly maps of images in [0, 1], of the model's own size and on its device."""
         scoring = self.config.scoring
         kinds = evidence_kinds(scoring, has_segmenter=self.config.model.segmenter_width > 0)
-        repaired, evidence = repair(self._network, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
-                                    distribution=self.distribution, region=self.region)
+        repaired, evidence = self._repair(images, kinds)
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
                                      inside=self.region.inside if self.region else None)
+
+    def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The repaired images alone, as `inspect` gives them."""
+        return self._repair(images, ())[0]
+
+    def _repair(
+        self, images: Float[Tensor, "b c h w"], kinds: Sequence[Evidence]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
+        return repair(self._network, images, model_config=self.config.model, scoring=self.config.scoring, kinds=kinds,
+                      distribution=self.distribution, region=self.region)
 
     def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
         parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop]), len(arrays), len(arrays))
@@ -237,6 +246,7 @@ class Detector:
             for array in arrays]).to(self.device)
         repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
+        repaired = self._repaired_twice(batch, repaired, maps, scores)
         checks: Sequence[SetupCheck | None] = [None] * len(batch)
         if self.setup:
             checks = self._with_moved_parts(self.setup, batch, scores, self.setup.check(batch))
@@ -244,6 +254,21 @@ class Detector:
             self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
             in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)
         ]  # fmt: skip
+
+    def _repaired_twice(
+        self, images: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], maps: Float[Tensor, "b h w"],
+        scores: Sequence[float],
+    ) -> Float[Tensor, "b c h w"]:  # fmt: skip
+        """The repaired images; those above the threshold from a context without the defect, which has shown through:
+        images that are repaired already where the map is above it. docs/decisions/0018-repaired-twice.md
+        """
+        odd = [index for index, score in enumerate(scores) if score > self.threshold]
+        if not odd:
+            return repaired
+        flagged = (maps[odd] > self.threshold)[:, None]
+        repaired = repaired.clone()
+        repaired[odd] = self.repaired(torch.where(flagged, repaired[odd].clamp(0, 1), images[odd]))
+        return repaired
 
     def _with_moved_parts(
         self, setup: Setup, images: Float[Tensor, "b c h w"], scores: Sequence[float], checks: list[SetupCheck]

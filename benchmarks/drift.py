@@ -85,7 +85,7 @@ def judge_of_model(run: Path) -> Judge:
         raise InTraError(f"{run} was trained on too few photos to have a setup alarm")
 
     def verdict(photo: np.ndarray) -> tuple[str, bool | None]:
-        found = detector.predict(photo)
+        found = detector.predict(photo, repair_twice=False)
         return found.setup_reason, found.is_anomalous
 
     return Judge(detector.config.model.image_size, detector.setup, verdict)

@@ -255,13 +255,16 @@ def test_an_anomalous_photo_is_repaired_from_a_context_without_its_defect(detect
     pixels = to_unit(torch.from_numpy(np.stack([good, defective])).permute(0, 3, 1, 2))
     once, maps = detector.inspect(pixels)
     cleaned = torch.where(maps[1] > detector.threshold, once[1].clamp(0, 1), pixels[1])
-    expected = torch.stack([once[0], detector.repaired(cleaned[None])[0]]).clamp(0, 1) * 255
-    found = detector.predict_batch([good, defective])
-    assert [each.is_anomalous for each in found] == [False, True]
-    for prediction, known in zip(found, expected, strict=True):
-        assert np.abs(prediction.repaired - known.permute(1, 2, 0).numpy()).max() <= 1
-    twice = np.abs(found[1].repaired.astype(float) - good)[20:44, 20:44].mean()
-    assert twice < (once[1] * 255 - 255 * pixels[0]).abs()[:, 20:44, 20:44].mean()
+    twice = detector.inspect(cleaned[None])[0][0]
+    found = detector.predict_batch([defective, good, defective])
+    assert [each.is_anomalous for each in found] == [True, False, True]
+    for prediction, known in zip(found, (twice, once[0], twice), strict=True):
+        assert np.abs(prediction.repaired - 255 * known.clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 1
+    away_once, away_twice = ((each - pixels[0]).abs()[:, 20:44, 20:44].mean() for each in (once[1], twice))
+    assert away_twice < 0.95 * away_once
+    quick = detector.predict(defective, repair_twice=False)
+    assert np.abs(quick.repaired - 255 * once[1].clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 1
+    assert quick.verdict == found[0].verdict and quick.score == pytest.approx(found[0].score, rel=1e-4)
 
 
 def test_grey_and_many_channels_can_be_learnt(tmp_path):

@@ -78,10 +78,6 @@ class ExportedDetector(Detector):
         return (torch.from_numpy(found["repaired"]).permute(0, 3, 1, 2).contiguous(),
                 torch.from_numpy(found["anomaly_map"]))
 
-    def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The repaired images alone; the graph computes the maps as well."""
-        return self.inspect(images)[0]
-
     @property
     def info(self) -> dict[str, Any]:
         """All that the file says of itself, fit for JSON; under "export" what it was exported to, and how it differs

@@ -183,7 +183,7 @@ class _Round:
         """The verdict, with its pictures on the disk, or why there is none."""
         try:
             image = read_image(photo.path)
-            prediction = self.detector.predict(image)
+            prediction = self.detector.predict(image, repair_twice=self.watcher.save_images)
         except OutOfMemoryError:  # its message names no photo
             raise
         except InTraError as error:

@@ -113,12 +113,12 @@ def evaluate_category(
 class _Inspected:
     """What the inspection of all test images has left for the figures and the report."""
 
+    gallery: Gallery
     rows: list[dict[str, Any]] = field(default_factory=list)  # as in results.json
     maps: list[np.ndarray] = field(default_factory=list)  # of the images that count in pixel metrics, or parts of them
     masks: list[np.ndarray] = field(default_factory=list)
     map_defects: list[str | None] = field(default_factory=list)  # None: a good image
     region_px: Counter[str] = field(default_factory=Counter)  # of photos and defects, and inside; empty: no region
-    gallery: Gallery = field(default_factory=Gallery)
     batch_seconds: list[tuple[float, int]] = field(default_factory=list)  # wall time, images
 
     @property
@@ -152,12 +152,12 @@ def _inspect(
     detector: Detector, tests: Sequence[LabelledImage], *, root: Path, maps: Path | None, on_progress: Progress | None
 ) -> _Inspected:
     """Decodes each image once, batch by batch; keeps maps in memory only if there are masks to hold them against."""
-    inspected, saved = _Inspected(), set[Path]()
+    inspected, saved = _Inspected(gallery=Gallery(predict=detector.predict)), set[Path]()
     keep_maps = any(test.mask for test in tests)
     for batch in _batches(tests):
         images = [read_image(test.path) for test in batch]
         start = time.perf_counter()
-        predictions = detector.predict_batch(images)
+        predictions = detector.predict_batch(images, repair_twice=False)
         inspected.batch_seconds.append((time.perf_counter() - start, len(batch)))
         for test, image, prediction in zip(batch, images, predictions, strict=True):
             truth = _truth(test, image)

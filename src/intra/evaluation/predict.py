@@ -83,7 +83,7 @@ def save_pictures(image: Shaped[np.ndarray, "h w c"], prediction: Prediction, pl
 def _inspect(detector: Detector, path: Path, pictures: Path | None) -> FileVerdict:
     try:
         image = read_image(path)
-        prediction = detector.predict(image)
+        prediction = detector.predict(image, repair_twice=pictures is not None)
     except InTraError as error:
         return FileVerdict(path, None, str(error))
     if pictures is not None:

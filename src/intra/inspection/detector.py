@@ -76,7 +76,8 @@ def verdict_of(is_anomalous: bool, setup_alarm: bool) -> Literal["good", "defect
 @dataclass(frozen=True)
 class Prediction:
     """The verdict on one image. Map, mask and repaired image have the input's own height and width; outside the model's
-    region of interest, if it has one, they are 0, False and the input's own pixels.
+    region of interest, if it has one, they are 0, False and the input's own pixels. The repaired image of a defect was
+    repaired twice; the map comes from the first repair.
     """
 
     score: float  # raw; the higher, the further from good images
@@ -200,75 +201,65 @@ class Detector:
             tensors |= {f"roi.{name}": getattr(self.region, name) for name in REGION_TENSORS}
         write_model(Path(path), self.info, tensors)
 
-    def predict(self, image: Image) -> Prediction:
+    def predict(self, image: Image, *, repair_twice: bool = True) -> Prediction:
         """The verdict on one image: a path, a PIL image, or an array (H, W[, C]) of uint8, uint16 or float in [0, 1].
 
+        A defect is repaired twice, so that it no longer shows through in the repaired image; without `repair_twice`
+        only once, in half the time. The verdict is the same. docs/decisions/0018-repaired-twice.md
         Raises InTraError if it cannot be read or its channels do not fit the model.
         """
-        return self.predict_batch([image])[0]
+        return self.predict_batch([image], repair_twice=repair_twice)[0]
 
-    def predict_batch(self, images: Sequence[Image]) -> list[Prediction]:
+    def predict_batch(self, images: Sequence[Image], *, repair_twice: bool = True) -> list[Prediction]:
         """The verdicts on many images, of any sizes, in their order; the same as one by one."""
-        return list(self.predictions(images))
+        return list(self.predictions(images, repair_twice=repair_twice))
 
-    def predictions(self, images: Sequence[Image]) -> Iterator[Prediction]:
+    def predictions(self, images: Sequence[Image], *, repair_twice: bool = True) -> Iterator[Prediction]:
         """The verdicts one after the other, computed in batches, so that memory does not grow with their number."""
         for start in range(0, len(images), IMAGES_PER_BATCH):
             arrays = [read_image(image) for image in images[start : start + IMAGES_PER_BATCH]]
-            yield from self._predict_arrays(arrays)
+            yield from self._predict_arrays(arrays, repair_twice)
 
     def inspect(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
         """The repaired images and the anomaly maps of images in [0, 1], of the model's own size and on its device."""
         scoring = self.config.scoring
         kinds = evidence_kinds(scoring, has_segmenter=self.config.model.segmenter_width > 0)
-        repaired, evidence = self._repair(images, kinds)
+        repaired, evidence = repair(self._network, images, model_config=self.config.model, scoring=scoring, kinds=kinds,
+                                    distribution=self.distribution, region=self.region)
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
                                      inside=self.region.inside if self.region else None)
 
-    def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The repaired images alone, as `inspect` gives them."""
-        return self._repair(images, ())[0]
-
-    def _repair(
-        self, images: Float[Tensor, "b c h w"], kinds: Sequence[Evidence]
-    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k h w"]]:
-        return repair(self._network, images, model_config=self.config.model, scoring=self.config.scoring, kinds=kinds,
-                      distribution=self.distribution, region=self.region)
-
-    def _predict_arrays(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
-        parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop]), len(arrays), len(arrays))
+    def _predict_arrays(self, arrays: Sequence[np.ndarray], repair_twice: bool) -> list[Prediction]:
+        parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop], repair_twice), len(arrays),
+                          len(arrays))
         return list(itertools.chain.from_iterable(parts))
 
-    def _predict_at_once(self, arrays: Sequence[np.ndarray]) -> list[Prediction]:
+    def _predict_at_once(self, arrays: Sequence[np.ndarray], repair_twice: bool) -> list[Prediction]:
         config = self.config.model
         batch = torch.stack([
             to_unit(prepare(array, size=config.image_size, channels=config.channels, box=self.config.data.box))
             for array in arrays]).to(self.device)
         repaired, maps = self.inspect(batch)
         scores = image_score(maps).tolist()
-        repaired = self._repaired_twice(batch, repaired, maps, scores)
         checks: Sequence[SetupCheck | None] = [None] * len(batch)
         if self.setup:
             checks = self._with_moved_parts(self.setup, batch, scores, self.setup.check(batch))
+        anomalous = [index for index, score in enumerate(scores) if score > self.threshold]
+        if repair_twice and anomalous:
+            repaired[anomalous] = self._repaired_again(batch[anomalous], repaired[anomalous], maps[anomalous])
         return [
             self._verdict(score, one_map, one_repaired, array, check) for score, one_map, one_repaired, array, check
             in zip(scores, maps.cpu(), repaired.cpu(), arrays, checks, strict=True)
         ]  # fmt: skip
 
-    def _repaired_twice(
-        self, images: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], maps: Float[Tensor, "b h w"],
-        scores: Sequence[float],
+    def _repaired_again(
+        self, images: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"], maps: Float[Tensor, "b h w"]
     ) -> Float[Tensor, "b c h w"]:  # fmt: skip
-        """The repaired images; those above the threshold from a context without the defect, which has shown through:
-        images that are repaired already where the map is above it. docs/decisions/0018-repaired-twice.md
+        """The repaired images of images in which what is flagged has been repaired before: no patch is inpainted from
+        a defect beside it.
         """
-        odd = [index for index, score in enumerate(scores) if score > self.threshold]
-        if not odd:
-            return repaired
-        flagged = (maps[odd] > self.threshold)[:, None]
-        repaired = repaired.clone()
-        repaired[odd] = self.repaired(torch.where(flagged, repaired[odd].clamp(0, 1), images[odd]))
-        return repaired
+        flagged = (maps > self.threshold)[:, None]
+        return self.inspect(torch.where(flagged, repaired.clamp(0, 1), images))[0]
 
     def _with_moved_parts(
         self, setup: Setup, images: Float[Tensor, "b c h w"], scores: Sequence[float], checks: list[SetupCheck]

@@ -69,7 +69,7 @@ def calibrate(
     box = detector.config.data.box
     for start in range(0, len(pictures), IMAGES_PER_BATCH):
         arrays = [read_image(path) for path in pictures[start : start + IMAGES_PER_BATCH]]
-        for found in detector.predictions(arrays):
+        for found in detector.predictions(arrays, repair_twice=False):
             scores.append(found.score)
             alarms.update([found.setup_reason] if found.setup_alarm else [])
         prepared += [prepare(array, size=size, channels=channels, box=box) for array in arrays]

@@ -161,7 +161,8 @@ class Inspector:
 
     def _inspect_group(self, group: list[tuple[Job, np.ndarray]], taken_at: float) -> None:
         try:
-            predictions = self.detector.predict_batch([photo for _, photo in group])
+            predictions = self.detector.predict_batch([photo for _, photo in group],
+                                                      repair_twice=any("repaired" in job.kinds for job, _ in group))
             for (job, photo), prediction in zip(group, predictions, strict=True):
                 pictures = draw(photo, prediction, job.kinds)
                 _settle(job, Inspected(_without_arrays(prediction), photo.shape[:2], pictures,

@@ -20,6 +20,7 @@ from planted import KINDS, plant
 from intra import Detector
 from intra.data.folder import find_category
 from intra.data.images import prepare, read_image
+from intra.errors import InTraError
 
 NUM_KINDS = len(KINDS) - 1
 ROWS = 6  # of the picture
@@ -38,11 +39,14 @@ def main() -> None:
         sys.exit("error: only for models of grey or RGB photos, without a region of interest")
     model, errors, rows, seconds, planted = detector.config.model, [], [], [], 0
     good = [image.path for image in find_category(arguments.data).test if not image.label]
-    for path in (path for path in good for _ in range(2)):
+    for number, path in enumerate(path for path in good for _ in range(2)):
         before = prepare(read_image(path), size=model.image_size, channels=model.channels).permute(1, 2, 0).numpy()
         if before.dtype != np.uint8:
             sys.exit(f"error: {path} has more than 8 bits; such photos cannot be planted yet")
-        changed, mask = plant(before / 255, KINDS[planted % NUM_KINDS], rng)
+        try:
+            changed, mask = plant(before / 255, KINDS[number % NUM_KINDS], rng)
+        except InTraError:  # nowhere on this photo that kind can be seen
+            continue
         planted += 1
         photo = np.rint(255 * changed).astype(np.uint8)
         shown = [before, photo]

@@ -33,7 +33,7 @@ PER_FOLDER = 1000
 class Lenient:
     """Stands in for a detector."""
 
-    def predict(self, image: np.ndarray) -> Prediction:
+    def predict(self, image: np.ndarray, *, repair_twice: bool) -> Prediction:
         empty = np.zeros(image.shape[:2])
         return Prediction(0.0, False, 1.0, empty, empty > 0, image, ())
 

@@ -213,7 +213,7 @@ def test_with_a_token_every_route_needs_it(detector, route):
 
 
 def test_what_goes_wrong_inside_stays_inside(detector, photo, monkeypatch, caplog):
-    def fail(images):
+    def fail(images, **_):
         raise RuntimeError("a secret")
 
     monkeypatch.setattr(detector, "predict_batch", fail)
@@ -283,10 +283,10 @@ def test_a_full_queue_says_when_to_come_back(detector, photo, monkeypatch):
     entered, free = threading.Event(), threading.Event()
     predict = detector.predict_batch
 
-    def wait(images):
+    def wait(images, **options):
         entered.set()
         assert free.wait(30)
-        return predict(images)
+        return predict(images, **options)
 
     monkeypatch.setattr(detector, "predict_batch", wait)
     limits = Limits(waiting=3)
@@ -311,7 +311,7 @@ def test_a_full_queue_says_when_to_come_back(detector, photo, monkeypatch):
 
 def test_a_slow_verdict_is_not_to_be_tried_again(detector, photo, monkeypatch):
     free, predict = threading.Event(), detector.predict_batch
-    monkeypatch.setattr(detector, "predict_batch", lambda images: free.wait(30) and predict(images))
+    monkeypatch.setattr(detector, "predict_batch", lambda images, **options: free.wait(30) and predict(images, **options))
     limits = Limits(answer_s=0.2)
     with served(create_app(detector, name="gear", limits=limits), limits) as address:
         status, headers, said = post(address, photo.read_bytes())
@@ -324,11 +324,11 @@ def test_who_leaves_is_not_inspected(detector, photo, monkeypatch):
     entered, free, seen = threading.Event(), threading.Event(), []
     predict = detector.predict_batch
 
-    def wait(images):
+    def wait(images, **options):
         seen.append(len(images))
         entered.set()
         assert free.wait(30)
-        return predict(images)
+        return predict(images, **options)
 
     monkeypatch.setattr(detector, "predict_batch", wait)
     data = photo.read_bytes()

@@ -282,11 +282,11 @@ def test_a_photo_too_large_for_the_memory_is_set_aside_and_watching_goes_on(
     place, tries = {"predict": Detector, "save_pictures": module}[where], []
     work = getattr(place, where)
 
-    def fail(*words):
+    def fail(*words, **options):
         if any(getattr(word, "shape", ())[:2] == (96, 96) for word in words):
             tries.append(1)
             raise error
-        return work(*words)
+        return work(*words, **options)
 
     monkeypatch.setattr(place, where, fail)
     counts = once(run, folder, out, save_images=True, poll_s=0.0)

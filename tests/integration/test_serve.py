@@ -311,7 +311,8 @@ def test_a_full_queue_says_when_to_come_back(detector, photo, monkeypatch):
 
 def test_a_slow_verdict_is_not_to_be_tried_again(detector, photo, monkeypatch):
     free, predict = threading.Event(), detector.predict_batch
-    monkeypatch.setattr(detector, "predict_batch", lambda images, **options: free.wait(30) and predict(images, **options))
+    monkeypatch.setattr(detector, "predict_batch",
+                        lambda images, **options: free.wait(30) and predict(images, **options))
     limits = Limits(answer_s=0.2)
     with served(create_app(detector, name="gear", limits=limits), limits) as address:
         status, headers, said = post(address, photo.read_bytes())

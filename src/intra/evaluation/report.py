@@ -4,7 +4,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Gallery:
     """
 
     size: int = MAX_EXAMPLES
-    predict: Callable[[np.ndarray], Prediction] | None = None  # whose repaired image of an anomalous one is shown
+    predict: Callable[[np.ndarray], Prediction] | None = None  # repairs an anomalous image anew, to be shown
     num_added: int = 0
     _kept: list[tuple[tuple[bool, float], int, Example]] = field(default_factory=list)  # a heap, the least urgent first
 
@@ -76,7 +76,8 @@ class Gallery:
         urgency = is_mistake, margin if is_mistake else -margin
         if len(self._kept) >= self.size and urgency <= self._kept[0][0]:
             return
-        prediction = self.predict(image) if self.predict and prediction.is_anomalous else prediction
+        if self.predict and prediction.is_anomalous:
+            prediction = replace(prediction, repaired=self.predict(image).repaired)
         example = _example(image, prediction, path=path, defect=defect, label=label, truth=truth)
         entry = urgency, -self.num_added, example
         (heapq.heappush if len(self._kept) < self.size else heapq.heapreplace)(self._kept, entry)

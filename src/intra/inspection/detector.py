@@ -204,8 +204,9 @@ class Detector:
     def predict(self, image: Image, *, repair_twice: bool = True) -> Prediction:
         """The verdict on one image: a path, a PIL image, or an array (H, W[, C]) of uint8, uint16 or float in [0, 1].
 
-        A defect is repaired twice, so that it no longer shows through in the repaired image; without `repair_twice`
-        only once, in half the time. The verdict is the same. docs/decisions/0018-repaired-twice.md
+        A defect is repaired twice, so that less of it shows through in the repaired image; without `repair_twice` only
+        once, in less time. The verdict is the same. docs/decisions/0018-repaired-twice.md
+
         Raises InTraError if it cannot be read or its channels do not fit the model.
         """
         return self.predict_batch([image], repair_twice=repair_twice)[0]

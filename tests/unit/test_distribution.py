@@ -13,6 +13,7 @@ from intra.inspection.distribution import (
     SHRINKAGES,
     GoodPatches,
     PatchFeatures,
+    _in_parts,
     _moments,
     _random_pieces,
     _whitening,
@@ -97,11 +98,11 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    shapes = [(64, 20), (64, 30), (4, 20), (4, 30)]  # 8 components and two colours, at each of two scales
+    shapes = [(64, 20), (64, 30), (4, 20), (4, 30), (1, 20), (1, 30)]  # 8 components, two colours; at both scales
     assert [part.mean.shape for part in distribution.parts] == 2 * shapes
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
-    assert evidence.mean() == pytest.approx(8 * np.log(2), rel=0.4)  # log(1 + 1), two scales, grids and descriptions
+    assert evidence.mean() == pytest.approx(12 * np.log(2), rel=0.4)  # log(1 + 1): two scales, three grids, two descriptions
 
 
 def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
@@ -118,6 +119,18 @@ def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
         return float((found.mean() - clean.mean()) / clean.std())
 
     assert contrast(8, 32) > 2 * abs(contrast(8))
+
+
+def test_the_evidence_of_a_large_cell_lies_where_its_small_cells_have_theirs():
+    small = torch.full((1, 1, 8, 8), 3.0)
+    large = torch.tensor([[5.0, 5.0], [5.0, 5.0]])[None, None]
+    assert torch.allclose(_in_parts(large, small, usual=3.0), torch.full_like(small, 5.0))  # nothing to choose by
+    small[0, 0, 2, 1] = 60.0
+    parts = _in_parts(large, small, usual=3.0)
+    assert parts[0, 0, 2, 1] > 20
+    others = parts[0, 0, :4, :4].flatten()[torch.arange(16) != 9]
+    assert others.max() < 5
+    assert parts[0, 0, 4:, 4:].mean() == pytest.approx(5, rel=0.15)  # the other large cells keep theirs
 
 
 def test_a_large_defect_does_not_pass_for_a_change_of_the_whole_image():

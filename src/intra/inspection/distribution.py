@@ -9,6 +9,7 @@ one good image to the next – light, exposure, contrast, pose – is taken off 
 docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -40,6 +41,7 @@ KNEE = 0.3
 FEATURES_OF_A_FILTER = (2, 3)  # in the two descriptions of a cell
 IMAGES_PER_MODE = 8  # at least
 ROBUST_STEPS = 2
+USUAL_EVIDENCE = math.log(2)  # log(1 + distance) of a good cell, whose distance is about 1
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
@@ -125,8 +127,8 @@ class PatchDistribution:
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
-        """log(1 + distance) at each pixel, summed over scales, grids and descriptions. Images in [0, 1]; repaired ones
-        as those that it was fitted to.
+        """log(1 + distance) at each pixel, summed over scales, descriptions and grids; that of a large cell lies where
+        the small cells in it have theirs. Images in [0, 1]; repaired ones as those that it was fitted to.
         """
         return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
@@ -139,9 +141,11 @@ class PatchDistribution:
         sums = [torch.stack(over[index::num_grids]).sum(0).T for index in range(num_grids)]  # (B, cells) each
         if self.describe.cells is not None:  # a cell outside is as its neighbour: at the border nothing is diluted
             sums = [each.index_select(1, cells.nearest) for each, cells in zip(sums, self.describe.cells, strict=True)]
-        maps = [each.unflatten(1, grid)[:, None] for each, grid in zip(sums, self.describe.grids, strict=True)]
-        return torch.stack([F.interpolate(each, size=size, mode="bilinear", align_corners=False)[:, 0]
-                            for each in maps]).sum(0)
+        smallest, *large = (each.unflatten(1, grid)[:, None]
+                            for each, grid in zip(sums, self.describe.grids, strict=True))
+        usual = USUAL_EVIDENCE * len(over[::num_grids]) * len(FEATURES_OF_A_FILTER)
+        total = torch.stack([smallest, *(_in_parts(each, smallest, usual) for each in large)]).sum(0)
+        return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
@@ -177,6 +181,18 @@ class GoodPatches:
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
             parts.append(CellDistribution(mean, std, modes, _whitening(covariance * wider[:, None] * wider, left)))
         return PatchDistribution(self.describe, tuple(parts))
+
+
+def _in_parts(
+    large: Float[Tensor, "b 1 r2 c2"], small: Float[Tensor, "b 1 r c"], usual: float
+) -> Float[Tensor, "b 1 r c"]:  # fmt: skip
+    """The evidence of large cells, divided among the small cells in each by their own. What is usual is added to
+    theirs: where all of them are nearly good, chance shall not decide.
+    """
+    mean = F.adaptive_avg_pool2d(small, (large.shape[-2], large.shape[-1]))
+    size = small.shape[-2], small.shape[-1]
+    large, mean = (F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in (large, mean))
+    return large * (small + usual) / (mean + usual)
 
 
 def _moments(

@@ -32,7 +32,7 @@ __all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSO
            "content_digest", "model_file", "read_model", "stored_distribution", "stored_region", "stored_setup",
            "write_model"]
 
-FORMAT_VERSION = 6  # other versions are refused
+FORMAT_VERSION = 7  # other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale, grid and description
 SETUP_TENSORS = ("mean", "centre", "spread")

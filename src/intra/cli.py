@@ -215,7 +215,7 @@ def demo(
 
 
 @app.command(epilog="Example: `intra benchmark mvtec/bottle mvtec/screw --out results --seeds 0,1,2 --steps 2000 "
-                    "--method fast --method 'msa: fast model.attention=msa'`")
+                    "--method fast --method 'mfsa: fast model.attention=mfsa'`")
 def benchmark(
     data: Annotated[list[Path], typer.Argument(
         metavar="DATA...", help="Categories in MVTec's layout, or folders of several.")],

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from intra.errors import InTraError
-from intra.terminal import NormalOption, RunArgument, make_console, say, say_error
+from intra.terminal import NormalOption, OwnRunArgument, make_console, say, say_error
 
 __all__ = ["add_to"]
 
@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def export(
-    run: RunArgument,
+    run: OwnRunArgument,
     file_format: Annotated[str, typer.Option("--format", metavar="onnx|openvino", help="What is to run it.")],
     out: Annotated[Path, typer.Option(
         "--out", metavar="FILE", help="Ends in .onnx, or for OpenVINO in .xml, beside which a .bin is written.")],

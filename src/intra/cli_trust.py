@@ -12,8 +12,8 @@ from intra.terminal import (
     DeviceOption,
     NormalOption,
     OutOption,
+    OwnRunArgument,
     RateOption,
-    RunArgument,
     bar,
     make_console,
     say,
@@ -50,7 +50,7 @@ def audit(
 
 
 def calibrate(
-    run: RunArgument,
+    run: OwnRunArgument,
     images: Annotated[list[Path], typer.Argument(
         metavar="IMAGE_OR_FOLDER...", help="New photos of good parts, none that the model was trained on.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE_OR_RUN", help="The model file, or the folder, to write.")],

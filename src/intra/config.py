@@ -148,9 +148,9 @@ _FAST = Config(
         weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
-    # docs/decisions/0009-distribution.md; with difference_weight also 0003-spread.md, 0006-scales.md
+    # docs/decisions/0009-distribution.md, 0019-divided.md; with difference_weight also 0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(lattice=2, scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,
-                          difference_weight=0.0, distribution_weight=1.0, precision="auto"),
+                          difference_weight=0.0, distribution_weight=1.0, cell_sizes=(8, 32, 64), precision="auto"),
 )
 
 # `fast`, larger and longer: minutes on a GPU, a night on a CPU.

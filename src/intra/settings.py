@@ -1,6 +1,7 @@
 """The settings of each part: frozen dataclasses, and what is wrong with a value or two of them together.
 
-Every default is the paper's; docs/method.md says how sure each is.
+Every default is the paper's, but of what the paper does not have, which is off by default; docs/method.md says how sure
+each is.
 """
 
 from dataclasses import dataclass
@@ -177,7 +178,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How an image and its repaired image become an anomaly map. The defaults are the paper's."""
+    """How an image and its repaired image become an anomaly map. The defaults are the paper's; the distribution, which
+    is not, has no weight.
+    """
 
     difference: Literal["gms", "ssim", "squared"] = "gms"  # what is compared: 1 - GMS, 1 - SSIM, (x - y)²
     lattice: int = 3  # d: every d-th patch of every d-th row is hidden at once (where the window is the whole grid)
@@ -193,8 +196,8 @@ class ScoringConfig:
     distribution_weight: float = 0.0  # how unlikely photo and repaired image are together, at each place
     segmenter_weight: float = 1.0  # the segmenter's log-odds, where there is one
     distribution_scales: tuple[int, ...] = (1, 4)  # the images are reduced by these factors for the distribution
-    num_filters: int = 14  # principal components of the photos that describe a cell; two of colour are added
-    cell_sizes: tuple[int, ...] = (8, 32, 64)  # px: sides of the cells at which the distribution is known
+    num_filters: int = 14  # principal components of the photos that describe a cell; those of colour are added
+    cell_sizes: tuple[int, ...] = (8, 32)  # px: sides of the cells at which the distribution is known
     num_modes: int = 32  # at most: joint changes of all cells, such as light and pose, that a place is judged without
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

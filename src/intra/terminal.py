@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from intra.inspection.detector import Prediction
     from intra.training.engine import Report
 
-__all__ = ["AnomalousOption", "DataArgument", "DeviceOption", "MasksOption", "NormalOption", "OutOption", "RateOption",
-           "RunArgument", "ThresholdOption", "bar", "cells_bar", "loss_text", "make_console", "say", "say_error",
-           "say_verdict", "training_bar"]
+__all__ = ["AnomalousOption", "DataArgument", "DeviceOption", "MasksOption", "NormalOption", "OutOption",
+           "OwnRunArgument", "RateOption", "RunArgument", "ThresholdOption", "bar", "cells_bar", "loss_text",
+           "make_console", "say", "say_error", "say_verdict", "training_bar"]
 
 DataArgument = Annotated[Path, typer.Argument(
     metavar="DATA", help="A category in MVTec's layout (train/good, test/*, ground_truth/*), a folder of several, or a "
@@ -25,6 +25,8 @@ DataArgument = Annotated[Path, typer.Argument(
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write to.")]
 RunArgument = Annotated[Path, typer.Argument(
     metavar="RUN", help="The folder that `intra train` wrote, a model file, or an exported model.")]
+OwnRunArgument = Annotated[Path, typer.Argument(
+    metavar="RUN", help="The folder that `intra train` wrote, or a model file; no exported model.")]
 NormalOption = Annotated[Path | None, typer.Option(
     metavar="DIR", help="Photos of good parts, where DATA is no category; below DATA or anywhere.")]
 AnomalousOption = Annotated[Path | None, typer.Option(

@@ -106,8 +106,8 @@ class TestFullDisk:
 
 
 class TestReadOnly:
-    def test_every_verb_says_so(self, photos, run):
-        category, detector = find_category(photos / "gear"), Detector.load(run.path)
+    def test_every_verb_says_so(self, run):
+        detector = Detector.load(run.path)
         with read_only_folder() as folder:
             # as nobody, the photos of the session may be out of reach: what is read is read before
             for work in (lambda: detector.save(folder / "run" / "model.safetensors"),
@@ -115,7 +115,6 @@ class TestReadOnly:
                          lambda: predict_files(detector, [__file__], folder / "out")):  # fmt: skip
                 with pytest.raises(InTraError, match="cannot write"):
                     work()
-        assert category.train
 
 
 class TestVanishedFiles:
@@ -216,19 +215,18 @@ class TestTooLittleMemory:
         images = sorted((photos / "gear" / "test").rglob("*.png"))[:6]
         detector = Detector.load(run.path)
         expected = [prediction.score for prediction in detector.predict_batch(images)]
-        forward, sizes = detector.model.forward, []
+        inpaint, sizes = detector.model.inpaint, []
 
         def small(patches, *others):
             sizes.append(len(patches))
             if len(patches) > most:
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
-            return forward(patches, *others)
+            return inpaint(patches, *others)
 
-        monkeypatch.setattr(detector.model, "forward", small)
+        monkeypatch.setattr(detector.model, "inpaint", small)
         found = [prediction.score for prediction in detector.predict_batch(images)]
         assert found == pytest.approx(expected, rel=1e-4)
         assert max(sizes) > most
-        assert most in sizes or most // 2 in sizes or min(sizes) <= most
 
     def test_training_says_what_to_do_and_keeps_the_checkpoint(self, photos, tmp_path, monkeypatch):
         monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", 0.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from lightning_fabric import Fabric
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -100,6 +101,21 @@ def test_resumed_equals_uninterrupted(photos, tmp_path, settings):
     columns = ("step", "epoch", "learning_rate", "validation_loss")
     assert [[row[c] for c in columns] for row in log_of(resumed.path)] == [
         [row[c] for c in columns] for row in log_of(whole.path)]
+
+
+def test_a_resumed_state_is_loaded_where_the_weights_are(photos, tmp_path, monkeypatch):
+    """Fabric moves the weights to the device, but nothing of the optimiser: that has to be loaded afterwards."""
+    train(photos / "gear", tmp_path, steps=2, image_size=64, settings=TINY)
+    order = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **settings: (order.append(name), real(*args, **settings))[1])
+
+    noted(Fabric, "setup")
+    noted(engine, "load_checkpoint")
+    train(photos / "gear", tmp_path, steps=4, resume=True)
+    assert order == ["setup", "load_checkpoint"]
 
 
 def test_kill_9_leaves_a_run_that_resumes(photos, tmp_path):

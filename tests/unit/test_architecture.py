@@ -35,7 +35,7 @@ WALLS = {  # third parties, and the only places that may import them
     "typer": ("cli.py", "cli_watch.py", "cli_export.py", "cli_trust.py", "terminal.py"),
     "rich": ("cli.py", "terminal.py"),
     "sklearn": ("evaluation/metrics.py",),
-    "tensorboard": ("training/",),
+    "torch.utils.tensorboard": ("training/",),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "openvino"), ("deploy/export",)),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "h11", "pydantic", "python_multipart"), ("deploy/serve/",)),
 }

@@ -23,11 +23,12 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def planted(count: int = 40, odd: tuple[int, ...] = (3, 17)) -> torch.Tensor:
-    """Photos of one part with noise, uint8; the odd ones lack a piece of it."""
+    """Photos of one part with noise, uint8; the odd ones lack a piece of it, each another."""
     photos = 0.3 + 0.4 * noise(1, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3) + 0.05 * noise(
         count, 3, 64, 64, seed=1)
-    for index in odd:
-        photos[index, :, 24:40, 24:40] = 0.5
+    for number, index in enumerate(odd):
+        first = 8 + 16 * number
+        photos[index, :, first : first + 16, first : first + 16] = 0.5
     return (255 * photos.clamp(0, 1)).byte()
 
 

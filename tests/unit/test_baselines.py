@@ -37,7 +37,7 @@ def pictures(config: ModelConfig, count: int = 3, seed: int = 0) -> torch.Tensor
 def batch_of(images: torch.Tensor, config: ModelConfig, seed: int = 0) -> Batch:
     patches = patchify(images, config.patch_size)
     nowhere = torch.zeros(patches.shape[:2], dtype=torch.bool)
-    return Batch(patches, nowhere.long(), nowhere, seed)
+    return Batch(patches, nowhere.long(), nowhere, torch.empty(0, dtype=torch.long), seed)
 
 
 def cells(count: int = 2, *, cell_size: int = 4, num_sets: int = 3, seed: int = 0) -> torch.Tensor:

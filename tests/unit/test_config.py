@@ -39,7 +39,7 @@ def test_the_baselines_are_their_papers():
     assert riad.scoring.scales == riad.train.gms_scales == (1, 2, 4, 8)
 
 
-def test_settings_of_an_older_model_file_are_read():
+def test_settings_of_an_older_checkpoint_or_cell_are_read():
     values = preset("fast").to_dict()
     for part, names in (("model", ("network", "latent_dim", "base_width", "cell_sizes", "num_cell_sets")),
                         ("train", ("l2_weight", "gms_scales")), ("scoring", ("difference",))):

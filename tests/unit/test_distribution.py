@@ -51,7 +51,7 @@ def fitted(photos: torch.Tensor, held_out: torch.Tensor, *, num_modes: int = 16,
 
 @pytest.fixture(scope="module")
 def distribution():
-    return fitted(striped(60), striped(12, seed=50))
+    return fitted(striped(60), striped(12, seed=50), cell_sizes=(8, 16, 32))
 
 
 def wiped(photos: torch.Tensor) -> torch.Tensor:
@@ -98,11 +98,11 @@ def test_a_tint_stands_out_and_a_usual_shade_does_not(distribution):
 
 def test_good_images_lie_at_about_one(distribution):
     good = striped(10, seed=90)
-    shapes = [(64, 20), (64, 30), (4, 20), (4, 30), (1, 20), (1, 30)]  # 8 components, two colours; at both scales
+    shapes = [(64, 20), (64, 30), (16, 20), (16, 30), (4, 20), (4, 30)]  # 8 components, two colours; at both scales
     assert [part.mean.shape for part in distribution.parts] == 2 * shapes
     evidence = distribution.evidence(good, blurred(good))
     assert evidence.shape == (10, 64, 64)
-    assert evidence.mean() == pytest.approx(12 * np.log(2), rel=0.4)  # log(1 + 1): two scales, three grids, two descriptions
+    assert evidence.mean() == pytest.approx(12 * np.log(2), rel=0.4)  # of two scales, three grids, two descriptions
 
 
 def test_a_faint_change_of_a_large_region_is_seen_by_the_large_cells():
@@ -157,13 +157,13 @@ def test_a_large_defect_does_not_pass_for_a_change_of_the_whole_image():
 def test_a_strong_defect_of_a_small_place_hardly_moves_a_large_cell():
     """Four times as strong a dot moves the large cell's mean logarithm by no more than its own small cell's share."""
     photos = striped(1)
-    describe = described(striped(20), distribution_scales=(1,), cell_sizes=(8, 64))
+    describe = described(striped(20), distribution_scales=(1,), cell_sizes=(8, 32))
     clean = describe(photos, None)
     dotted = photos.clone()
     dotted[..., 34:38, 34:38] += 0.4
     small, _, large, _ = [(found - before).abs().amax((0, 2)).max() for found, before in
                           zip(describe(dotted, None), clean, strict=True)]
-    assert large < small * 9 / 64  # a piece of 8 px reaches into at most nine of the 64 small cells
+    assert large < small * 9 / 16  # a piece of 8 px reaches into at most nine of the 16 small cells
 
 
 def test_light_that_changes_everywhere_is_no_defect():
@@ -230,7 +230,6 @@ def test_few_images_share_their_covariance_and_many_need_not():
         return float(inverse.std(0).mean() / inverse.abs().mean())  # how much places differ
 
     assert difference(6) < difference(400)
-    assert min(SHRINKAGES) > 0
 
 
 @pytest.mark.parametrize("photos", [
@@ -257,4 +256,6 @@ def test_without_a_region_pieces_are_drawn_from_everywhere():
 
 
 def test_a_grid_has_a_cell_at_least():
-    assert cell_grids((3, 5), (8, 1)) == ((3, 5), (1, 1))  # the smallest cells first
+    assert cell_grids((3, 5), (8, 1)) == ((3, 5),)
+    assert cell_grids((3, 5), (8,)) == ((1, 1),)
+    assert cell_grids((30, 50), (16, 8)) == ((4, 6), (2, 3))  # the smallest cells first

@@ -336,7 +336,7 @@ class TestDamage:
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+        monkeypatch.setattr(PIL.Image.Image, "crop", fail)
         with pytest.raises(UnreadableError, match=r"a\.png") as caught:
             read_image(path)
         assert caught.value.reason
@@ -348,7 +348,7 @@ class TestDamage:
             raise error
 
         path = _saved(tmp_path / "a.png", _noise(4, 4))
-        monkeypatch.setattr(PIL.Image.Image, "convert", fail)
+        monkeypatch.setattr(PIL.Image.Image, "crop", fail)
         with pytest.raises(UnreadableError, match="does not fit into memory") as raised:
             read_image(path)
         assert isinstance(raised.value.__cause__, MemoryError)

@@ -32,7 +32,7 @@ def make(config: ModelConfig = SMALL) -> torch.nn.Module:
 def batch(count: int = 3) -> Batch:
     patches = patchify(rand(count, 2, 32, 48), 8)
     hidden = rand(count, 24, seed=1) < 0.3
-    return Batch(patches, torch.arange(24).expand(count, -1), hidden, seed=5)
+    return Batch(patches, torch.arange(24).expand(count, -1), hidden, hidden.flatten().nonzero()[:, 0], seed=5)
 
 
 def test_marks_cells_of_two_by_two_px():

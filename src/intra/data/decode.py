@@ -47,8 +47,10 @@ _MOST_SENT_PAGES = 64  # of a TIFF that is sent
 _MOST_PAGES = 1000  # of any TIFF: Pillow's time grows with the square of the pages, and empty ones take few bytes
 
 _ORIENTATION = 0x0112  # EXIF tag
+_STRIP_BYTES = 2**18  # of Pillow's pixels, which fit into a core's cache
 _EMPTY = "the file is empty (0 bytes)"
 _TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+_MOVED = (2, 3, 4, *_TURNED)  # all but the usual one
 _log = logging.getLogger(__name__)
 
 
@@ -124,7 +126,7 @@ def pixels_of(image: PIL.Image.Image) -> Shaped[np.ndarray, "h w c"]:
     for page in range(num_pages):
         if num_pages > 1:
             image.seek(page)
-        planes.append(_plane(PIL.ImageOps.exif_transpose(image)))
+        planes.append(_plane(_upright(image)))
     return planes[0] if num_pages == 1 else np.concatenate(planes, axis=2)
 
 
@@ -188,17 +190,46 @@ def _num_pages(image: PIL.Image.Image) -> int:
 def _plane(image: PIL.Image.Image) -> np.ndarray:
     """One picture as (H, W, 1 or 3), by the table at the head of this module."""
     if not _is_grey(image):
-        return np.array(image.convert("RGB"))
+        return _array(_in_mode(image, "RGB"))
     if image.mode.startswith("I"):
-        values = np.array(image)
+        values = _array(image)
         if values.min() < 0 or values.max() > 65535:
             raise InTraError(f"its integer pixels go from {values.min()} to {values.max()}, expected 0 to 65535")
         return values.astype(np.uint16)[:, :, None]
     if image.mode == "F":
-        return checked_unit(np.array(image))[:, :, None]
+        return checked_unit(_array(image))[:, :, None]
     if image.mode == "La":  # alpha multiplied in; Pillow goes to L only by way of LA
         image = image.convert("LA")
-    return np.array(image.convert("L"))[:, :, None]
+    return _array(_in_mode(image, "L"))[:, :, None]
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """As its EXIF orientation says; the image itself where that is the usual one, of which Pillow makes a copy."""
+    image.load()  # a PNG may state it behind its pixels
+    return PIL.ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION) in _MOVED else image
+
+
+def _array(image: PIL.Image.Image) -> np.ndarray:
+    """`np.array(image)`, strip by strip: Pillow would make two whole copies on the way, whose fresh memory costs more
+    than the decoding where several threads ask for it.
+    """
+    width, height = image.size
+    rows = max(1, _STRIP_BYTES // (4 * width))
+
+    def strip(top: int) -> np.ndarray:
+        return np.asarray(image.crop((0, top, width, min(top + rows, height))))
+
+    first = strip(0)
+    found = np.empty((height, *first.shape[1:]), first.dtype)
+    found[:rows] = first
+    for top in range(rows, height, rows):
+        found[top : top + rows] = strip(top)
+    return found
+
+
+def _in_mode(image: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """Converted; the image itself where it has that mode, of which Pillow makes a copy."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 class _PillowWarnings:

@@ -9,8 +9,7 @@ DATA takes one of three forms:
    sub-folders or without. All three are absolute or relative to DATA.
 
 In the plain form the good images of a sub-folder `good` of `anomalous` are the good test images. Without one, the
-training images are also the good test images: figures on images that a model was trained on look too good, above all
-its false-reject rate.
+training images are also the good test images; `intra evaluate` leaves out those that the model was trained on.
 
 A mask is called NAME_mask.* or NAME.*, and lossless. Hidden files and files without an image's suffix are ignored.
 """

@@ -81,9 +81,9 @@ class ExportedDetector(Detector):
     @property
     def info(self) -> dict[str, Any]:
         """All that the file says of itself, fit for JSON; under "export" what it was exported to, and how it differs
-        from the model that it was made of.
+        from the model that it was made of. It is no model file, and has no format version.
         """
-        return super().info | {"export": self.export}
+        return {key: value for key, value in super().info.items() if key != "format_version"} | {"export": self.export}
 
     def save(self, path: str | Path) -> None:
         """An exported model holds no weights to save: raises InTraError."""

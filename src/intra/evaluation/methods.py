@@ -47,8 +47,8 @@ def parse_methods(texts: Sequence[str]) -> tuple[Method, ...]:
 
     Raises one InTraError that tells of every wrong preset, key, value and name, with the nearest match.
 
-    >>> parse_methods(["msa: fast model.attention=msa"])[0].settings
-    {'model.attention': 'msa'}
+    >>> parse_methods(["mfsa: fast model.attention=mfsa"])[0].settings
+    {'model.attention': 'mfsa'}
     """
     found, problems = [], []
     for text in texts:

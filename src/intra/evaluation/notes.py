@@ -13,7 +13,8 @@ def notes_on_tests(tests: Sequence[LabelledImage], left_out: Sequence[LabelledIm
     """What was left out, and what has no mask."""
     notes = []
     if left_out:
-        note = f"{len(left_out)} good test images are left out: the model was trained on these very files."
+        note = (f"{len(left_out)} good test images are left out: the model was trained or calibrated on these very "
+                "files.")
         if all(test.label for test in tests):
             note += " To learn how many good parts it rejects, test it on good photos that it has not seen."
         notes.append(note)

@@ -6,7 +6,7 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
-docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md
+docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md, 0019-divided.md
 """
 
 import math
@@ -228,13 +228,19 @@ def _without(
 
 
 def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Rows and cols of cells of about each size in px, the smallest first, that cover an image; at least one cell.
+    """Rows and cols of cells of about each size in px, the smallest first, that cover an image.
+
+    Cells that are as high or as wide as the image are left out, but for the smallest: there are too few to learn from
+    each other how features vary together.
 
     >>> cell_grids((256, 240), (8, 32))
     ((32, 30), (8, 8))
+    >>> cell_grids((64, 64), (8, 64))
+    ((8, 8),)
     """
     height, width = image_size
-    return tuple((max(1, round(height / size)), max(1, round(width / size))) for size in sorted(cell_sizes))
+    smallest, *larger = ((max(1, round(height / size)), max(1, round(width / size))) for size in sorted(cell_sizes))
+    return smallest, *(grid for grid in larger if min(grid) > 1)
 
 
 def _whitening(

@@ -87,15 +87,16 @@ def inpaint(
     the whole grid, `lattice`² passes an image. Windows of several images run as one batch: as many as are quick, or
     with `hiding` all of them.
     """
+    network = cast(InTra, model)
     grid = images.shape[-2] // patch_size, images.shape[-1] // patch_size
-    patches = patchify(images, patch_size)  # (B, N, P)
-    repaired = patches.clone()
+    repaired = patchify(images, patch_size)  # (B, N, P)
+    embedded = network.patch_embed(repaired)
     if hiding is not None:
         assert hiding.positions is not None and hiding.hidden is not None and hiding.places is not None
         pairs = torch.arange(images.shape[0] * len(hiding.positions), device=images.device)  # of an image and a window
         first = torch.arange(images.shape[0], device=images.device) * hiding.positions.numel()
         places = (first[:, None] + hiding.places).flatten()
-        _inpaint_pairs(model, patches, repaired, pairs, hiding.positions, hiding.hidden, places)
+        _inpaint_pairs(network, embedded, repaired, pairs, hiding.positions, hiding.hidden, places)
         return unpatchify(repaired, grid, images.shape[1])
     positions, hidden = (part.to(images.device) for part in covering_windows(grid, window_size, lattice, wanted))
     batch = max(1, TOKENS_PER_BATCH.get(images.device.type, TOKENS_PER_BATCH["cuda"]) // positions.shape[1])
@@ -103,7 +104,7 @@ def inpaint(
     def work(start: int, stop: int) -> None:
         pairs = torch.arange(start, stop, device=images.device)
         places = hidden[pairs % len(positions)].flatten().nonzero()[:, 0]
-        _inpaint_pairs(model, patches, repaired, pairs, positions, hidden, places)
+        _inpaint_pairs(network, embedded, repaired, pairs, positions, hidden, places)
 
     for _ in in_chunks(work, len(images) * len(positions), batch):
         pass
@@ -111,12 +112,12 @@ def inpaint(
 
 
 def _inpaint_pairs(
-    model: nn.Module, patches: Float[Tensor, "b n p"], repaired: Float[Tensor, "b n p"], pairs: Int[Tensor, " k"],
+    model: InTra, embedded: Float[Tensor, "b n d"], repaired: Float[Tensor, "b n p"], pairs: Int[Tensor, " k"],
     positions: Int[Tensor, "w t"], hidden: Bool[Tensor, "w t"], places: Int[Tensor, " h"],
 ) -> None:  # fmt: skip
     """Writes the patches that are hidden in these pairs of an image and a window into `repaired`."""
     image, window = pairs // len(positions), pairs % len(positions)
     where = positions[window]  # (k, T)
-    inpainted = model(patches[image[:, None], where], where, hidden[window], places)
-    target = (image[:, None] * patches.shape[1] + where).flatten()[places]
+    inpainted = model.inpaint(embedded[image[:, None], where], where, hidden[window], places)
+    target = (image[:, None] * repaired.shape[1] + where).flatten()[places]
     repaired.view(-1, repaired.shape[-1])[target] = inpainted.to(repaired.dtype)

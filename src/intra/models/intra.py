@@ -127,8 +127,15 @@ class InTra(nn.Module):
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
             places: `hidden.flatten().nonzero()[:, 0]`, from who knows it: then no shape depends on a value.
         """
+        return self.inpaint(self.patch_embed(patches), positions, hidden, places)
+
+    def inpaint(
+        self, embedded: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"],
+        places: Int[Tensor, " h"] | None = None,
+    ) -> Float[Tensor, "h p"]:  # fmt: skip
+        """The same from patches that `patch_embed` has embedded: a patch in many windows needs it once."""
         places = hidden.flatten().nonzero()[:, 0] if places is None else places
-        tokens = self.embed(patches, positions, hidden)
+        tokens = self.tokens(embedded, positions, hidden)
         # no activation at the end, so pixels may leave [0, 1]
         inpainted = self.head(self.encode(tokens).mean(1) if self.readout == "mean" else self.encode(tokens, places))
         return inpainted if self.mean_patches is None else inpainted + self.mean_patches[positions.flatten()[places]]
@@ -144,11 +151,10 @@ class InTra(nn.Module):
         assert self.segmenter is not None, "built without a segmenter"
         return self.segmenter(photos)
 
-    def embed(
-        self, patches: Float[Tensor, "b t p"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
+    def tokens(
+        self, embedded: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"], hidden: Bool[Tensor, "b t"]
     ) -> Float[Tensor, "b t d"]:
-        """Tokens: patch or hidden vector, plus position (equations 1 and 2)."""
-        embedded = self.patch_embed(patches)  # (B, T, D)
+        """Embedded patch or hidden vector, plus position (equations 1 and 2)."""
         embedded = torch.where(hidden[..., None], self.hidden_token.to(embedded.dtype), embedded)
         return embedded + self.pos_embed[positions]
 

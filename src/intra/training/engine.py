@@ -36,7 +36,7 @@ LOG_FIELDS = ("step", "epoch", "elapsed_s", "learning_rate", "train_loss", "vali
 
 @dataclass(frozen=True)
 class Budget:
-    """When training ends: whichever of the two is reached first. One of them is given."""
+    """When training ends: whichever of the two is reached first; at least one is given."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -85,10 +85,10 @@ def fit(  # noqa: PLR0913  all but three by keyword
     optimizer = _optimizer(model, config)
     progress, best = Progress(), {name: value.clone() for name, value in model.state_dict().items()}
     checkpoint = out / CHECKPOINT_FILE
-    if resume:
+    network, optimizer = fabric.setup(model, optimizer)
+    if resume:  # after the set-up, which moves the weights to the device, but nothing of the optimiser
         progress, best = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         progress.finished = _is_finished(progress, config, budget)  # the budget may be another one now
-    network, optimizer = fabric.setup(model, optimizer)
     if model_config.segmenter_width:
         network.mark_forward_method("segment")
     log = _Log(out, keep_until=progress.step)

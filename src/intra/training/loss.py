@@ -35,14 +35,14 @@ def step_loss(
     one size, drawn for the step, the sets drawn for each image.
     """
     if model_config.network == "intra":
-        target = batch.patches[batch.hidden]
+        target = batch.patches.flatten(0, 1)[batch.places]
         if not model_config.segmenter_width:
-            inpainted = network(batch.patches, batch.positions, batch.hidden)
+            inpainted = network(batch.patches, batch.positions, batch.hidden, batch.places)
             return patch_loss(inpainted, target, channels=model_config.channels, config=config)
         images = unpatchify(batch.patches, model_config.grid, model_config.channels)
         photos, masks = plant_defects(images, generator=torch.Generator().manual_seed(batch.seed))
         context = patchify(photos, model_config.patch_size) if config.defective_context else batch.patches
-        inpainted = network(context, batch.positions, batch.hidden)
+        inpainted = network(context, batch.positions, batch.hidden, batch.places)
         return patch_loss(inpainted, target, channels=model_config.channels, config=config) + (
             config.segmentation_weight * segmentation_loss(cast(InTra, network).segment(photos), masks))
     images = unpatchify(batch.patches, model_config.grid, model_config.channels)

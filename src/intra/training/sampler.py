@@ -54,6 +54,7 @@ class Batch:
     patches: Float[Tensor, "b t p"]  # pixels in [0, 1]
     positions: Int[Tensor, "b t"]
     hidden: Bool[Tensor, "b t"]
+    places: Int[Tensor, " h"]  # of the hidden patches, where all lie in a row; found on the CPU: no GPU is waited for
     seed: int  # for what a network draws itself; from the run's seed and the step alone
 
 
@@ -116,13 +117,14 @@ class WindowSampler:
                                          num_hidden=self.num_hidden, generator=generator)
         drawn = torch.randint(len(self.symmetries), (self.batch_size,), generator=generator)
         device = self.images.device
-        which, origins, hidden, laid = (
+        which, origins, hidden, places, laid = (
             part.to(device, non_blocking=True)
-            for part in (self._which_images(step), origins, hidden, self.symmetries[drawn])
+            for part in (self._which_images(step), origins, hidden, hidden.flatten().nonzero()[:, 0],
+                         self.symmetries[drawn])
         )
         pixels = to_unit(cut_windows(self.images, which, origins, laid, self.patch_size, self.window_shape))
         return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden,
-                     _draw_seed(self.seed, "network", step))
+                     places, _draw_seed(self.seed, "network", step))
 
     def _which_images(self, step: int) -> Int[Tensor, " b"]:
         """Shuffled so that within an epoch each image comes equally often; what is over at its end is dropped."""

@@ -55,6 +55,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The form is damaged or holds no single file."},
     408: {"model": ErrorAnswer, "description": "The upload took too long."},
     413: {"model": ErrorAnswer, "description": "The upload is too large."},
+    415: {"model": ErrorAnswer, "description": "Neither a photo as the body nor a multipart form."},
     422: {"model": ErrorAnswer, "description": "No photo that can be inspected, or a wrong parameter."},
     503: {"model": ErrorAnswer, "description": "Too many photos, or too little memory: try again after Retry-After "
                                                "seconds. Without that header the server stops, or was too slow.",

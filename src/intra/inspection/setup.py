@@ -24,6 +24,7 @@ ALARM_RATE = 0.01  # of good photos, that raise the alarm
 TAIL_SHARE, TAIL_DEVIATION = 0.05, 1.96  # of good photos, that may be odd; what so many of normal values exceed
 LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a change
 NUM_FOLDS = 10
+CHUNK = 8  # photos at a time
 LEAST_GOOD = 10  # photos: the spread of fewer says little
 MEAN_SIDE = 64  # px: the longer side of the mean photo
 CLASSES = 4  # of brightness: a gamma moves the dark, an exposure the bright
@@ -67,18 +68,23 @@ class Setup:
     scores: tuple[float, ...]  # of good photos, each against the others
 
     @classmethod
-    def of(cls, photos: Shaped[Tensor, "n c h w"]) -> "Setup":
-        """From at least LEAST_GOOD good photos, uint8 or float in [0, 1]; each fold is held against the others."""
-        if len(photos) < LEAST_GOOD:
-            raise ValueError(f"{len(photos)} good photos; expected at least {LEAST_GOOD}")
-        small = torch.cat([_small(to_unit(chunk)) for chunk in photos.split(8)])
-        fold = torch.arange(len(photos), device=photos.device) % min(NUM_FOLDS, len(photos))
-        found = small.new_zeros(len(photos), _num_measurements(photos.shape[1]))
+    def of(cls, *sets: Shaped[Tensor, "_ c h w"]) -> "Setup":
+        """From sets of good photos, uint8 or float in [0, 1], together at least LEAST_GOOD; each fold of all is held
+        against the others.
+        """
+        count = sum(len(photos) for photos in sets)
+        if count < LEAST_GOOD:
+            raise ValueError(f"{count} good photos; expected at least {LEAST_GOOD}")
+        seen = [(_small(photos), _sharpness(photos)) for photos in (
+            to_unit(chunk) for each in sets for chunk in each.split(CHUNK))]
+        small, sharpness = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        fold = torch.arange(count, device=small.device) % min(NUM_FOLDS, count)
+        found = small.new_zeros(count, _num_measurements(small.shape[1]))
         for number in range(int(fold.max()) + 1):
             mean = small[fold != number].mean(0)
-            for chunk in (fold == number).nonzero()[:, 0].split(8):
-                found[chunk] = measurements(to_unit(photos[chunk]), mean)
-        scores = small.new_zeros(len(photos))
+            for chunk in (fold == number).nonzero()[:, 0].split(CHUNK):
+                found[chunk] = _held_against(mean, small[chunk], sharpness[chunk])
+        scores = small.new_zeros(count)
         for number in range(int(fold.max()) + 1):
             centre, spread = _typical(found[fold != number])
             scores[fold == number] = ((found[fold == number] - centre) / spread).abs().amax(1)
@@ -145,9 +151,14 @@ def _pose_word(away: Float[Tensor, " 4"]) -> str:
 
 def measurements(photos: Float[Tensor, "b c h w"], mean: Float[Tensor, "c i j"]) -> Float[Tensor, "b q"]:
     """Tone of each class of brightness and channel, sharpness, and pose, of photos against good photos' mean."""
-    small = _small(photos)
+    return _held_against(mean, _small(photos), _sharpness(photos))
+
+
+def _held_against(
+    mean: Float[Tensor, "c i j"], small: Float[Tensor, "b c i j"], sharpness: Float[Tensor, "b 2"]
+) -> Float[Tensor, "b q"]:
     pose = _poses(small.mean(1), mean.mean(0))
-    return torch.cat([_tones(small, _warped(mean, pose)), _sharpness(photos), pose], dim=1)
+    return torch.cat([_tones(small, _warped(mean, pose)), sharpness, pose], dim=1)
 
 
 def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:

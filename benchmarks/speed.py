@@ -77,7 +77,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.task} {self.preset} {self.way} {self.batch}"
+        return f"{self.task} {self.preset} {self.way} {self.batch} {self.precision}"
 
 
 def resolved(name: str, side: int = SIDE, channels: int = 3) -> Config:

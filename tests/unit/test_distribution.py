@@ -133,6 +133,23 @@ def test_the_evidence_of_a_large_cell_lies_where_its_small_cells_have_theirs():
     assert parts[0, 0, 4:, 4:].mean() == pytest.approx(5, rel=0.15)  # the other large cells keep theirs
 
 
+def test_small_cells_that_are_not_described_have_no_part_in_the_division():
+    """Outside a region stand copies of the nearest cell inside: they are no further evidence."""
+    small = torch.full((1, 1, 8, 8), 3.0)
+    small[..., 2, 1] = 60.0  # at the region's border, with a copy beside it
+    inside = small.clone()
+    small[..., 2, 0] = 60.0
+    described = torch.ones(1, 1, 8, 8)
+    described[..., 0] = 0
+    large = torch.full((1, 1, 2, 2), 5.0)
+    copied, found = _in_parts(large, small, usual=3.0), _in_parts(large, small, 3.0, described)
+    alone = _in_parts(large, inside, usual=3.0)
+    assert copied[..., 2, 1] < 0.8 * alone[..., 2, 1]
+    assert found[..., 2, 1] == pytest.approx(float(alone[..., 2, 1]), rel=0.2)
+    nowhere = _in_parts(large, small, 3.0, described * (torch.arange(8) > 3))
+    assert nowhere.isfinite().all()
+
+
 def test_a_large_defect_does_not_pass_for_a_change_of_the_whole_image():
     """Photos of many exposures, and some of which three eighths are dark: that is no exposure, and the rest of the
     photo, which would be odd at a darker one, gets less of the blame than by least squares.
@@ -258,4 +275,5 @@ def test_without_a_region_pieces_are_drawn_from_everywhere():
 def test_a_grid_has_a_cell_at_least():
     assert cell_grids((3, 5), (8, 1)) == ((3, 5),)
     assert cell_grids((3, 5), (8,)) == ((1, 1),)
+    assert cell_grids((64, 512), (8, 64)) == ((8, 64), (1, 8))
     assert cell_grids((30, 50), (16, 8)) == ((4, 6), (2, 3))  # the smallest cells first

@@ -234,6 +234,32 @@ class TestOrientation:
         np.testing.assert_array_equal(read_image(path)[:, :, 0] > 127, upright > 127)
         assert read_info(path).size == upright.shape
 
+    @pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "F", "1", "P", "CMYK"])
+    def test_strips_make_the_whole_picture(self, tmp_path, monkeypatch, mode):
+        """Pixels are taken strip by strip; here each has one row."""
+        picture = PIL.Image.fromarray(_noise(9, 7, 3))
+        if mode == "I;16":
+            picture = PIL.Image.fromarray(_noise(9, 7, dtype=np.uint16))
+        elif mode == "F":
+            picture = PIL.Image.fromarray(_noise(9, 7, dtype=np.float32))
+        else:
+            picture = picture.convert(mode)
+        given = picture.copy()
+        whole = read_image(picture)
+        monkeypatch.setattr("intra.data.decode._STRIP_BYTES", 1)
+        np.testing.assert_array_equal(read_image(picture), whole)
+        assert picture == given  # nobody's picture is changed
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6
+        path = tmp_path / "a.tif"
+        picture.save(path, exif=exif)
+        np.testing.assert_array_equal(read_image(path), UPRIGHT[6](whole))
+
+    def test_a_picture_without_pixels(self):
+        for size in ((0, 4), (4, 0)):
+            with pytest.raises(UnreadableError, match="it has no pixel"):
+                read_image(PIL.Image.new("RGB", size))
+
     def test_pages_are_turned_too(self, tmp_path):
         pixels = _noise(3, 5, 2)
         exif = PIL.Image.Exif()

@@ -125,6 +125,15 @@ def test_a_photo_is_scored_by_the_others() -> None:
     assert scores[7] > 3 * scores.sort().values[-2]
 
 
+def test_two_sets_are_one() -> None:
+    """As training holds them: the photos that it was trained on, and those held out."""
+    photos = good(27, seed=0)
+    one, other = Setup.of(photos), Setup.of(photos[:13], photos[13:])
+    for part in ("mean", "centre", "spread"):
+        torch.testing.assert_close(getattr(one, part), getattr(other, part))
+    assert one.scores == pytest.approx(other.scores, rel=1e-3)
+
+
 def test_uint8_is_float(setup: Setup) -> None:
     photos = good(LEAST_GOOD, seed=3)
     one, other = Setup.of((255 * photos).round().byte()), Setup.of((255 * photos).round() / 255)

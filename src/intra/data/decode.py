@@ -122,6 +122,8 @@ def pixels_of(image: PIL.Image.Image) -> Shaped[np.ndarray, "h w c"]:
     limit = PIL.Image.MAX_IMAGE_PIXELS
     if limit and num_pages * image.width * image.height > 2 * limit:  # Pillow's own limit, over all pages
         raise PIL.Image.DecompressionBombError(f"{num_pages} pages of {image.height}x{image.width} px")
+    if 0 in image.size:
+        raise InTraError("it has no pixel")
     planes = []
     for page in range(num_pages):
         if num_pages > 1:

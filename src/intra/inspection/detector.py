@@ -50,7 +50,6 @@ SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # inspection knows no other runtime: docs/decisions/0012-export.md
 READERS = {".onnx": "intra.deploy.exported", ".xml": "intra.deploy.exported"}
 IMAGES_PER_BATCH = 8  # bounds the memory of predict_batch, whatever the number of images
-IMAGES_PER_GPU_BATCH = 64  # eight do not fill a GPU
 
 Image = str | Path | PIL.Image.Image | np.ndarray
 
@@ -218,9 +217,8 @@ class Detector:
 
     def predictions(self, images: Sequence[Image], *, repair_twice: bool = True) -> Iterator[Prediction]:
         """The verdicts one after the other, computed in batches, so that memory does not grow with their number."""
-        size = IMAGES_PER_BATCH if self.device.type == "cpu" else IMAGES_PER_GPU_BATCH
-        for start in range(0, len(images), size):
-            arrays = [read_image(image) for image in images[start : start + size]]
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            arrays = [read_image(image) for image in images[start : start + IMAGES_PER_BATCH]]
             yield from self._predict_arrays(arrays, repair_twice)
 
     def inspect(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:

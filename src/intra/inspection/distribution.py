@@ -41,6 +41,8 @@ KNEE = 0.3
 FEATURES_OF_A_FILTER = (2, 3)  # in the two descriptions of a cell
 IMAGES_PER_MODE = 8  # at least
 ROBUST_STEPS = 2
+FEWEST_CELLS = 4  # of a grid
+TINY_SHARE = 1e-6  # below that of one cell in a grid
 USUAL_EVIDENCE = math.log(2)  # log(1 + distance) of a good cell, whose distance is about 1
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
@@ -144,7 +146,8 @@ class PatchDistribution:
         smallest, *large = (each.unflatten(1, grid)[:, None]
                             for each, grid in zip(sums, self.describe.grids, strict=True))
         usual = USUAL_EVIDENCE * len(over[::num_grids]) * len(FEATURES_OF_A_FILTER)
-        total = torch.stack([smallest, *(_in_parts(each, smallest, usual) for each in large)]).sum(0)
+        described = None if self.describe.cells is None else self.describe.cells[0].mask(self.describe.grids[0])
+        total = torch.stack([smallest, *(_in_parts(each, smallest, usual, described) for each in large)]).sum(0)
         return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":
@@ -184,12 +187,18 @@ class GoodPatches:
 
 
 def _in_parts(
-    large: Float[Tensor, "b 1 r2 c2"], small: Float[Tensor, "b 1 r c"], usual: float
+    large: Float[Tensor, "b 1 r2 c2"], small: Float[Tensor, "b 1 r c"], usual: float,
+    described: Float[Tensor, "1 1 r c"] | None = None,
 ) -> Float[Tensor, "b 1 r c"]:  # fmt: skip
     """The evidence of large cells, divided among the small cells in each by their own. What is usual is added to
-    theirs: where all of them are nearly good, chance shall not decide.
+    theirs: where all of them are nearly good, chance shall not decide. Of the small cells those that are described
+    count, 1 and not 0; None: all.
     """
-    mean = F.adaptive_avg_pool2d(small, (large.shape[-2], large.shape[-1]))
+    grid = large.shape[-2], large.shape[-1]
+    mean = F.adaptive_avg_pool2d(small if described is None else small * described, grid)
+    if described is not None:
+        share = F.adaptive_avg_pool2d(described, grid)
+        mean = torch.where(share > 0, mean / share.clamp(min=TINY_SHARE), F.adaptive_avg_pool2d(small, grid))
     size = small.shape[-2], small.shape[-1]
     large, mean = (F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in (large, mean))
     return large * (small + usual) / (mean + usual)
@@ -230,8 +239,8 @@ def _without(
 def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Rows and cols of cells of about each size in px, the smallest first, that cover an image.
 
-    Cells that are as high or as wide as the image are left out, but for the smallest: there are too few to learn from
-    each other how features vary together.
+    Grids of fewer than FEWEST_CELLS are left out, but for the smallest cells: they could not learn from each other how
+    features vary together.
 
     >>> cell_grids((256, 240), (8, 32))
     ((32, 30), (8, 8))
@@ -240,7 +249,7 @@ def cell_grids(image_size: tuple[int, int], cell_sizes: tuple[int, ...]) -> tupl
     """
     height, width = image_size
     smallest, *larger = ((max(1, round(height / size)), max(1, round(width / size))) for size in sorted(cell_sizes))
-    return smallest, *(grid for grid in larger if min(grid) > 1)
+    return smallest, *(grid for grid in larger if grid[0] * grid[1] >= FEWEST_CELLS)
 
 
 def _whitening(

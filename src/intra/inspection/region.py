@@ -31,6 +31,11 @@ class Cells:
         """The same on a device."""
         return Cells(self.kept.to(device), self.nearest.to(device))
 
+    def mask(self, grid: tuple[int, int]) -> Float[Tensor, "1 1 rows cols"]:
+        """1 for those that touch the region, 0 for the others."""
+        touching = torch.zeros(len(self.nearest), device=self.nearest.device)
+        return touching.index_fill(0, self.kept, 1.0).unflatten(0, grid)[None, None]
+
 
 @dataclass(frozen=True)
 class Region:

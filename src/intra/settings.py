@@ -197,7 +197,8 @@ class ScoringConfig:
     segmenter_weight: float = 1.0  # the segmenter's log-odds, where there is one
     distribution_scales: tuple[int, ...] = (1, 4)  # the images are reduced by these factors for the distribution
     num_filters: int = 14  # principal components of the photos that describe a cell; those of colour are added
-    cell_sizes: tuple[int, ...] = (8, 32)  # px: sides of the cells at which the distribution is known
+    # px: sides of the cells at which the distribution is known; of a larger one an image holds at least four, or none
+    cell_sizes: tuple[int, ...] = (8, 32)
     num_modes: int = 32  # at most: joint changes of all cells, such as light and pose, that a place is judged without
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

@@ -89,8 +89,9 @@ def inpaint(
     """
     network = cast(InTra, model)
     grid = images.shape[-2] // patch_size, images.shape[-1] // patch_size
-    repaired = patchify(images, patch_size)  # (B, N, P)
-    embedded = network.patch_embed(repaired)
+    patches = patchify(images, patch_size)  # (B, N, P)
+    embedded = network.patch_embed(patches)
+    repaired = patches.clone()  # of a single column of patches, `patches` may be the images themselves
     if hiding is not None:
         assert hiding.positions is not None and hiding.hidden is not None and hiding.places is not None
         pairs = torch.arange(images.shape[0] * len(hiding.positions), device=images.device)  # of an image and a window

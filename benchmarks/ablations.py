@@ -19,7 +19,6 @@ from intra.errors import InTraError
 from intra.evaluation.benchmark import Event, benchmark
 
 MINUTES = 3.0
-FIXED = {"model.attention": "mfsa", "scoring.cell_sizes": "8,32"}  # of all; the second where there is a distribution
 DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
 
 
@@ -63,7 +62,7 @@ def methods(only: str | None = None) -> list[str]:
     """As `intra benchmark --method` takes them; all, or those with these names. Raises InTraError on an unknown one."""
     found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in (NETWORKS | SCORINGS).items()}
     found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
-    found = {name: FIXED | settings for name, settings in found.items()}
+    found = {name: {"model.attention": "mfsa"} | settings for name, settings in found.items()}
     chosen = list(found) if only is None else only.split(",")
     if unknown := [name for name in chosen if name not in found]:
         raise InTraError(f"no ablation {', '.join(unknown)}; there are {', '.join(found)}")

@@ -150,7 +150,7 @@ _FAST = Config(
     ),
     # docs/decisions/0009-distribution.md, 0019-divided.md; with difference_weight also 0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(lattice=2, scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,
-                          difference_weight=0.0, distribution_weight=1.0, cell_sizes=(8, 32, 64), precision="auto"),
+                          difference_weight=0.0, distribution_weight=1.0, precision="auto"),
 )
 
 # `fast`, larger and longer: minutes on a GPU, a night on a CPU.

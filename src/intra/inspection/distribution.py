@@ -195,10 +195,10 @@ def _in_parts(
     count, 1 and not 0; None: all.
     """
     grid = large.shape[-2], large.shape[-1]
-    mean = F.adaptive_avg_pool2d(small if described is None else small * described, grid)
+    mean = _pooled(small if described is None else small * described, grid)
     if described is not None:
-        share = F.adaptive_avg_pool2d(described, grid)
-        mean = torch.where(share > 0, mean / share.clamp(min=TINY_SHARE), F.adaptive_avg_pool2d(small, grid))
+        share = _pooled(described, grid)
+        mean = torch.where(share > 0, mean / share.clamp(min=TINY_SHARE), _pooled(small, grid))
     size = small.shape[-2], small.shape[-1]
     large, mean = (F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in (large, mean))
     return large * (small + usual) / (mean + usual)

@@ -33,7 +33,7 @@ NETWORKS: dict[str, dict[str, str]] = {
     "base": {},
     "msa": {"model.attention": "msa"},
     "no_long_residuals": {"model.long_residuals": "off"},
-    **{f"window_{side}": window(side) for side in (3, 5, 7)},
+    **{f"window_{side}": window(side) for side in (3, 5, 7, 9)},
     "lattice_3": {"scoring.lattice": "3"},
     "lattice_4": {"scoring.lattice": "4"},
     "hidden_0.05": {"train.hidden_fraction": "0.05,0.05"},

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["central_windows", "covering_windows", "flatten_patches", "lattice_hidden", "patchify", "random_windows",
-           "touched_patches", "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
+__all__ = ["central_windows", "covering_windows", "flatten_patches", "hidden_places", "lattice_hidden", "patchify",
+           "random_windows", "touched_patches", "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
 
 
 def flatten_patches(patches: Float[Tensor, "*b c k k"]) -> Float[Tensor, "*b p"]:
@@ -106,6 +106,15 @@ def covering_windows(
     hidden = hidden & wanted.cpu()[positions]
     needed = hidden.any(1)
     return positions[needed], hidden[needed]
+
+
+def hidden_places(hidden: Bool[Tensor, "b t"]) -> Int[Tensor, " h"]:
+    """Where the hidden patches stand when the patches of all windows lie in a row.
+
+    >>> hidden_places(torch.tensor([[False, True], [True, False]])).tolist()
+    [1, 2]
+    """
+    return hidden.flatten().nonzero()[:, 0]
 
 
 def touched_patches(inside: Bool[Tensor, "h w"], patch_size: int) -> Bool[Tensor, " patches"]:

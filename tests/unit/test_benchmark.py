@@ -262,6 +262,20 @@ def test_damaged_cells_are_refused_and_none_make_an_empty_table(tmp_path):
 # the documents
 
 
+@pytest.mark.parametrize("folder", ["ablations", "networks"])
+def test_the_ablations_ask_for_what_was_measured(folder):
+    """Else the documented command is refused by the very cells that it made."""
+    script = [sys.executable, str(ROOT / "benchmarks/ablations.py"), "--methods"]
+    listed = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    methods = {method.name: method for method in parse_methods(listed)}
+    cells = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results" / folder / "cells").glob("*.json")]
+    compared = [cell for cell in cells if cell["method"] in methods]
+    assert compared
+    for cell in compared:
+        asked = json.loads(json.dumps(methods[cell["method"]].config.to_dict()))
+        assert cell["asked"]["config"] == asked, cell["method"]
+
+
 def tables(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(ROOT / "benchmarks/tables.py"), *map(str, words)], capture_output=True,
                           text=True, check=False)

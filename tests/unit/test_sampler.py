@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from intra.geometry import patchify
-from intra.training.sampler import IDENTITY, Symmetry, WindowSampler, allowed_symmetries, cut_windows
+from intra.training.sampler import IDENTITY, Symmetry, WindowSampler, allowed_symmetries, cut_windows, gather_windows
 
 ALL = [Symmetry(bool(n & 4), bool(n & 2), bool(n & 1)) for n in range(8)]
 
@@ -19,12 +19,13 @@ def sampler(images: torch.Tensor, **changes) -> WindowSampler:
     return WindowSampler(images, **(settings | changes))
 
 
+@pytest.mark.parametrize("cut", [cut_windows, gather_windows])
 @pytest.mark.parametrize("symmetry", ALL, ids=str)
-def test_a_window_is_cut_from_the_image_as_it_is_laid(symmetry):
+def test_a_window_is_cut_from_the_image_as_it_is_laid(symmetry, cut):
     images = rand(3, 2, 24, 24)
     which, origins = torch.tensor([2, 0, 1]), torch.tensor([[0, 3], [2, 1], [3, 3]])
     laid = torch.tensor([[symmetry.transpose, symmetry.flip_rows, symmetry.flip_cols]]).expand(3, -1)
-    windows = cut_windows(images, which, origins, laid, 4, (3, 3))
+    windows = cut(images, which, origins, laid, 4, (3, 3))
     for window, image, (row, col) in zip(windows, which, origins.tolist(), strict=True):
         expected = symmetry.apply(images[image])[:, row * 4 : row * 4 + 12, col * 4 : col * 4 + 12]
         assert torch.equal(window, expected)

@@ -9,7 +9,7 @@ from conftest import descend
 
 from intra.config import ModelConfig, TrainConfig, preset
 from intra.errors import InTraError
-from intra.geometry import patchify
+from intra.geometry import hidden_places, patchify
 from intra.inspection.inpaint import log_odds
 from intra.models import Segmenter, build
 from intra.training.defects import plant_defects
@@ -32,7 +32,7 @@ def make(config: ModelConfig = SMALL) -> torch.nn.Module:
 def batch(count: int = 3) -> Batch:
     patches = patchify(rand(count, 2, 32, 48), 8)
     hidden = rand(count, 24, seed=1) < 0.3
-    return Batch(patches, torch.arange(24).expand(count, -1), hidden, hidden.flatten().nonzero()[:, 0], seed=5)
+    return Batch(patches, torch.arange(24).expand(count, -1), hidden, hidden_places(hidden), seed=5)
 
 
 def test_marks_cells_of_two_by_two_px():

@@ -19,7 +19,7 @@ from sklearn import metrics as sk
 from intra.errors import InTraError
 
 __all__ = ["MAX_FALSE_POSITIVE_RATE", "PixelCurve", "aupro", "auroc", "average_precision", "f1_max",
-           "false_reject_rate", "missing_class", "pixel_curve", "pro_curve", "recall", "roc_curve"]
+           "false_reject_rate", "missing_class", "pixel_curve", "recall", "roc_curve"]
 
 MAX_FALSE_POSITIVE_RATE = 0.3  # where MVTec cuts the PRO curve
 TOUCHING = np.ones((3, 3), dtype=int)  # pixels of one region touch at a side or a corner, as in MVTec's evaluation
@@ -80,12 +80,6 @@ def aupro(maps: Maps, masks: Masks, *, max_false_positive_rate: float = MAX_FALS
     """The normalised area under the PRO curve up to a false positive rate; see `PixelCurve.aupro`."""
     curve = pixel_curve(maps, masks)
     return None if curve is None else curve.aupro(max_false_positive_rate)
-
-
-def pro_curve(maps: Maps, masks: Masks) -> Points | None:
-    """False positive rate and mean region overlap over all thresholds, thinned for a plot."""
-    curve = pixel_curve(maps, masks)
-    return None if curve is None else curve.pro_points()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from intra.config import ModelConfig
-from intra.geometry import covering_windows, patchify, unpatchify
+from intra.geometry import covering_windows, hidden_places, patchify, unpatchify
 from intra.inspection.device import in_chunks
 from intra.models import InTra
 from intra.models.riad import draw_cell_sets, inpaint_cells
@@ -36,7 +36,7 @@ class Hiding:
         """
         if model_config.network == "intra":
             positions, hidden = covering_windows(model_config.grid, model_config.window_size, lattice, wanted)
-            return cls(positions, hidden, hidden.flatten().nonzero()[:, 0])
+            return cls(positions, hidden, hidden_places(hidden))
         if model_config.network == "autoencoder":
             return cls()
         if model_config.network == "riad":
@@ -104,7 +104,7 @@ def inpaint(
 
     def work(start: int, stop: int) -> None:
         pairs = torch.arange(start, stop, device=images.device)
-        places = hidden[pairs % len(positions)].flatten().nonzero()[:, 0]
+        places = hidden_places(hidden[pairs % len(positions)])
         _inpaint_pairs(network, embedded, repaired, pairs, positions, hidden, places)
 
     for _ in in_chunks(work, len(images) * len(positions), batch):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from intra.geometry import hidden_places
+
 __all__ = ["InTra"]
 
 SMALL_HEAD_STD = 1e-3  # of a head that starts beside the mean image: close to it, and no weight without a gradient
@@ -125,7 +127,7 @@ class InTra(nn.Module):
             patches: pixels in [0, 1]; those of hidden patches have no influence.
             positions: each patch's place in the whole grid (`geometry.window_positions`).
             hidden: True where a patch is to be inpainted; exactly one in each row for the mean read-out.
-            places: `hidden.flatten().nonzero()[:, 0]`, from who knows it: then no shape depends on a value.
+            places: `geometry.hidden_places(hidden)`, from who knows it: then no shape depends on a value.
         """
         return self.inpaint(self.patch_embed(patches), positions, hidden, places)
 
@@ -134,11 +136,13 @@ class InTra(nn.Module):
         places: Int[Tensor, " h"] | None = None,
     ) -> Float[Tensor, "h p"]:  # fmt: skip
         """The same from patches that `patch_embed` has embedded: a patch in many windows needs it once."""
-        places = hidden.flatten().nonzero()[:, 0] if places is None else places
+        places = hidden_places(hidden) if places is None else places
         tokens = self.tokens(embedded, positions, hidden)
         # no activation at the end, so pixels may leave [0, 1]
         inpainted = self.head(self.encode(tokens).mean(1) if self.readout == "mean" else self.encode(tokens, places))
-        return inpainted if self.mean_patches is None else inpainted + self.mean_patches[positions.flatten()[places]]
+        if self.mean_patches is None:
+            return inpainted
+        return inpainted + F.embedding(positions.flatten()[places], self.mean_patches)
 
     @torch.no_grad()
     def start_from(self, mean_patches: Float[Tensor, "n p"]) -> None:
@@ -156,7 +160,7 @@ class InTra(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Embedded patch or hidden vector, plus position (equations 1 and 2)."""
         embedded = torch.where(hidden[..., None], self.hidden_token.to(embedded.dtype), embedded)
-        return embedded + self.pos_embed[positions]
+        return embedded + F.embedding(positions, self.pos_embed)
 
     def encode(
         self, tokens: Float[Tensor, "b t d"], places: Int[Tensor, " h"] | None = None

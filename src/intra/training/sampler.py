@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from intra.data.images import to_unit
-from intra.geometry import patchify, random_windows, window_positions
+from intra.geometry import hidden_places, patchify, random_windows, window_positions
 
 __all__ = ["IDENTITY", "Batch", "Symmetry", "WindowSampler", "allowed_symmetries", "mean_image"]
 
@@ -119,10 +119,10 @@ class WindowSampler:
         device = self.images.device
         which, origins, hidden, places, laid = (
             part.to(device, non_blocking=True)
-            for part in (self._which_images(step), origins, hidden, hidden.flatten().nonzero()[:, 0],
-                         self.symmetries[drawn])
+            for part in (self._which_images(step), origins, hidden, hidden_places(hidden), self.symmetries[drawn])
         )
-        pixels = to_unit(cut_windows(self.images, which, origins, laid, self.patch_size, self.window_shape))
+        cut = cut_windows if device.type == "cpu" else gather_windows
+        pixels = to_unit(cut(self.images, which, origins, laid, self.patch_size, self.window_shape))
         return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden,
                      places, _draw_seed(self.seed, "network", step))
 
@@ -142,8 +142,20 @@ def cut_windows(
 ) -> Shaped[Tensor, "b c wh ww"]:  # fmt: skip
     """The pixels of a window of each of the images `which`, laid by its symmetry (transpose, flip_rows, flip_cols).
 
-    The origin counts in the image as it is laid. No image is copied: each pixel's place is computed backwards.
+    The origin counts in the image as it is laid. Each window is a slice: the quickest way on a CPU.
     """
+    height, width = window_shape[0] * patch_size, window_shape[1] * patch_size
+    cut = []
+    for image, (row, col), switches in zip(which.tolist(), (origins * patch_size).tolist(), laid.tolist(), strict=True):
+        cut.append(Symmetry(*switches).apply(images[image])[:, row : row + height, col : col + width])
+    return torch.stack(cut)
+
+
+def gather_windows(
+    images: Shaped[Tensor, "n c h w"], which: Int[Tensor, " b"], origins: Int[Tensor, "b 2"],
+    laid: Bool[Tensor, "b 3"], patch_size: int, window_shape: tuple[int, int],
+) -> Shaped[Tensor, "b c wh ww"]:  # fmt: skip
+    """The same, each pixel's place computed backwards, all windows at once: on a GPU slices would queue up."""
     height, width = images.shape[-2:]
     transpose, flip_rows, flip_cols = (part[:, None] for part in laid.unbind(1))  # (B, 1) each
     row = origins[:, :1] * patch_size + torch.arange(window_shape[0] * patch_size, device=images.device)  # (B, WH)

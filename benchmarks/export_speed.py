@@ -96,9 +96,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         contenders, checks = exported(arguments.run, arguments.data, Path(folder))
-        config = next(iter(contenders.values())).config.model
+        own = next(iter(contenders.values())).config
+        config, box = own.model, own.data.box
         paths = [test.path for test in find_category(arguments.data).test][: max(BATCHES)]
-        photos = torch.stack([to_unit(prepare(read_image(path), size=config.image_size, channels=config.channels))
+        photos = torch.stack([to_unit(prepare(read_image(path), size=config.image_size, channels=config.channels,
+                                              box=box))
                               for path in paths])
         found = {"times": times(contenders, photos, arguments.rounds), "checks": checks, "hardware": hardware(),
                  "image_size": config.image_size, "rounds": arguments.rounds}

@@ -100,7 +100,7 @@ def many(count: int, photo_side: int) -> Photos:
             marks: dict[str, float] = {}
             begun = time.perf_counter()
             run = train(folder / "part", folder / f"run{attempt}", preset="fast", steps=STEPS, image_size=256,
-                        on_report=lambda _, marks=marks: marks.setdefault("started", time.perf_counter()),
+                        device="cpu", on_report=lambda _, marks=marks: marks.setdefault("started", time.perf_counter()),
                         on_calibration=lambda *_, marks=marks: marks.setdefault("calibrates", time.perf_counter()))
             starts.append(marks["started"] - begun)
             calibrations.append(time.perf_counter() - marks["calibrates"])

@@ -90,7 +90,7 @@ def main() -> int:
 
 def _all_works(folder: Path, counts: dict[str, int], rng: random.Random) -> dict[str, dict[str, Any]]:
     gear = make_demo(folder / "photos", size_px=64, num_train=12, num_test_good=4, num_per_defect=2)[1]
-    _run(lambda: train(gear, folder / "whole", steps=STEPS, image_size=64, settings=TINY))
+    _run(lambda: train(gear, folder / "whole", steps=STEPS, image_size=64, settings=TINY, device="cpu"))
     results = {}
     for name, work in (("training", _training), ("evaluating", _evaluating), ("watching", _watching),
                        ("saving", _saving)):  # fmt: skip
@@ -111,7 +111,7 @@ def _training(folder: Path, gear: Path, kills: int, rng: random.Random, outcome:
     def work() -> None:
         is_begun = (out / "last.ckpt").exists()
         train(gear, out, steps=STEPS, image_size=None if is_begun else 64, settings=None if is_begun else TINY,
-              resume=True)
+              resume=True, device="cpu")
 
     def check() -> None:
         nonlocal step_before
@@ -120,7 +120,7 @@ def _training(folder: Path, gear: Path, kills: int, rng: random.Random, outcome:
             _demand(step >= step_before, f"the checkpoint went back from step {step_before} to {step}")
             step_before = step
         if (out / "model.safetensors").exists():
-            Detector.load(out)
+            Detector.load(out, device="cpu")
 
     while outcome["kills"] < kills:  # a run that has come to its end is begun anew, until all kills are used up
         _kill_often(work, check, kills, rng, outcome, longest_s=2.5, is_over=(out / "model.safetensors").exists)

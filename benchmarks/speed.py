@@ -278,7 +278,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--presets", default="fast,paper")
-    parser.add_argument("--repeats", type=int, default=7, help="of each row; rows of more than 10 s are timed once")
+    parser.add_argument("--repeats", type=int, default=7,
+                        help="of each row; on a CPU those of `paper` but the naive loop are timed once")
     parser.add_argument("--against", type=Path)
     arguments = parser.parse_args()
     batches = (1, 8) if arguments.device == "cpu" else (1, 8, 64)

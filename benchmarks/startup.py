@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    verdict = (f"import intra; print(intra.Detector.load({str(given.model)!r}).predict({str(given.photo)!r}).verdict)")
+    verdict = (f"import intra; detector = intra.Detector.load({str(given.model)!r}, device='cpu'); "
+               f"print(detector.predict({str(given.photo)!r}).verdict)")
     with tempfile.TemporaryDirectory() as out:
         commands = {
             "python, nothing else": [sys.executable, "-c", ""],
@@ -43,7 +44,7 @@ def main() -> None:
             "intra --help": [sys.executable, "-m", "intra.cli", "--help"],
             "import intra, Detector.load, first verdict": [sys.executable, "-c", verdict],
             "intra predict, one photo": [sys.executable, "-m", "intra.cli", "predict", str(given.model),
-                                         str(given.photo), "--out", out],
+                                         str(given.photo), "--out", out, "--device", "cpu"],
         }  # fmt: skip
         rows = []
         print("| what | shortest, s | median, s | longest, s |\n|---|---|---|---|")

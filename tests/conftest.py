@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: tests hold figures of the CPU against each other
+
 import torch
 
 from intra.data.demo import make_demo

@@ -38,7 +38,7 @@ def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor,
     b, c, h, w = images.shape
     rows, cols = h // patch_size, w // patch_size
     split = images.reshape(b, c, rows, patch_size, cols, patch_size)
-    return flatten_patches(split.permute(0, 2, 4, 1, 3, 5)).reshape(b, rows * cols, -1)
+    return flatten_patches(split.permute(0, 2, 4, 1, 3, 5)).reshape(b, rows * cols, c * patch_size**2)
 
 
 def unpatchify(patches: Float[Tensor, "b n p"], grid: tuple[int, int], channels: int) -> Float[Tensor, "b c h w"]:

@@ -152,6 +152,15 @@ def test_the_papers_kind_of_model_is_exported_too(tmp_path):
     assert all(equal(one, other) for one, other in pairs)
 
 
+def test_grids_that_do_not_divide_are_exported_too(photos, tmp_path):
+    """10 x 12 small cells, 2 x 3 large ones."""
+    settings = TINY | {"model.segmenter_width": "0", "model.depth": "1", "model.mean_start": "on"}
+    run = train(photos / "gear", tmp_path / "run", preset="fast", steps=1, image_size="80x96", settings=settings)
+    for name, suffix in (("onnx", ".onnx"), ("openvino", ".xml")):
+        found = export(run.path, (tmp_path / "gear").with_suffix(suffix), format=name, data=photos / "gear")
+        assert found.parity.largest_difference <= TOLERANCES["fp32"].largest
+
+
 @pytest.mark.parametrize(("preset", "settings"), [
     ("fast", TINY | {"model.segmenter_width": "0", "model.depth": "2", "model.mean_start": "on",
                      "scoring.difference_weight": "1"}),

@@ -20,6 +20,7 @@ from intra.inspection.distribution import (
     _without,
     cell_grids,
 )
+from intra.inspection.region import Region
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -146,8 +147,32 @@ def test_small_cells_that_are_not_described_have_no_part_in_the_division():
     alone = _in_parts(large, inside, usual=3.0)
     assert copied[..., 2, 1] < 0.8 * alone[..., 2, 1]
     assert found[..., 2, 1] == pytest.approx(float(alone[..., 2, 1]), rel=0.2)
-    nowhere = _in_parts(large, small, 3.0, described * (torch.arange(8) > 3))
-    assert nowhere.isfinite().all()
+    nowhere = _in_parts(large, small, 3.0, described * (torch.arange(8) > 3))  # none in the large cells on the left
+    assert torch.allclose(nowhere[..., :2], copied[..., :2])
+
+
+def test_the_division_inside_a_region_counts_described_cells_alone():
+    """`evidence` hands the mask of the smallest cells on: with all counted, a rim cell would get another share."""
+    photos, held_out = striped(40), striped(12, seed=50)
+    inside = torch.ones(64, 64, dtype=torch.bool)
+    inside[:, :20] = False
+    region = Region(inside, (to_unit(photos).mean(0) * 255).to(torch.uint8))
+    describe = PatchFeatures.of(photos, scoring=replace(ScoringConfig(), num_filters=4), seed=0, region=region)
+    distribution = GoodPatches(describe, describe(photos, None), num_modes=0).fitted(describe(held_out, None))
+    photo = striped(1, seed=90)
+    photo[..., 20:32, 24:30] = 1.0
+    features = describe(photo, None)
+    found = distribution.evidence_of(features, (8, 8))
+    small, large = (torch.zeros(1, 1, *grid) for grid in describe.grids)
+    assert describe.cells is not None
+    for index, (part, each) in enumerate(zip(distribution.parts, features, strict=True)):
+        grid = (index // 2) % 2
+        evidence = part.distances(each).log1p().T[:, describe.cells[grid].nearest].unflatten(1, describe.grids[grid])
+        (small, large)[grid][0] += evidence
+    mask = describe.cells[0].mask(describe.grids[0])
+    usual = float(np.log(2)) * 4
+    assert torch.allclose(found, (small + _in_parts(large, small, usual, mask))[:, 0], atol=1e-4)
+    assert not torch.allclose(found, (small + _in_parts(large, small, usual))[:, 0], atol=1e-2)
 
 
 def test_a_large_defect_does_not_pass_for_a_change_of_the_whole_image():
@@ -251,7 +276,7 @@ def test_few_images_share_their_covariance_and_many_need_not():
 
 @pytest.mark.parametrize("photos", [
     torch.zeros(4, 3, 32, 32), torch.ones(4, 1, 32, 32), torch.full((2, 1, 16, 48), 0.5), noise(3, 5, 8, 8),
-    (255 * noise(4, 3, 33, 17)).byte(),
+    (255 * noise(4, 3, 33, 17)).byte(), noise(4, 1, 72, 56),  # the last: 9 x 7 and 2 x 2 cells
 ])  # fmt: skip
 def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
     unit = to_unit(photos)

@@ -173,7 +173,10 @@ def test_attention_equals_its_formula_with_and_without_gradients(feature, is_fus
 def test_large_grids_attend_with_the_fused_kernel():
     assert _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8))
     assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS - 1, 8))
-    assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8, device="meta"))  # nor on any other device
+    elsewhere = torch.empty(1, 2, MANY_TOKENS, 8, device="meta", dtype=torch.bfloat16)
+    assert _fused_is_faster(elsewhere)
+    with torch.no_grad():
+        assert not _fused_is_faster(elsewhere[:, :, 1:])
     with mock.patch.object(torch.compiler, "is_compiling", return_value=True):  # as while a graph is traced
         assert not _fused_is_faster(torch.empty(1, 2, MANY_TOKENS, 8))
 

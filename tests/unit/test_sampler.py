@@ -31,6 +31,19 @@ def test_a_window_is_cut_from_the_image_as_it_is_laid(symmetry, cut):
         assert torch.equal(window, expected)
 
 
+@pytest.mark.parametrize("size", [(24, 24), (24, 20)])
+def test_slices_and_gathered_pixels_are_the_same(size):
+    """Of several symmetries in one batch, in 8 bits."""
+    images = (rand(5, 3, *size) * 255).to(torch.uint8)
+    allowed = [s for s in ALL if size[0] == size[1] or not s.transpose]
+    laid = torch.tensor([[s.transpose, s.flip_rows, s.flip_cols] for s in allowed])
+    which = torch.arange(len(laid)) % 5
+    origins = torch.stack([torch.arange(len(laid)) % 4, torch.arange(len(laid)) % 3], 1)
+    sliced, gathered = (cut(images, which, origins, laid, 4, (3, 2)) for cut in (cut_windows, gather_windows))
+    assert sliced.shape == (len(laid), 3, 12, 8)
+    assert torch.equal(sliced, gathered)
+
+
 def test_symmetries_are_drawn_for_each_window():
     images = rand(1, 1, 24, 24)
     batch = sampler(images, symmetries=tuple(ALL), window_shape=(6, 6), batch_size=64).batch(0)

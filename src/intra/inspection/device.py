@@ -32,6 +32,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InTraError(f"device {name!r} cannot be used here ({reason}); pass --device auto or cpu") from error

@@ -198,13 +198,14 @@ def long_residual_pairs(depth: int) -> dict[int, int]:
 
 
 def _fused_is_faster(query: Tensor) -> bool:
-    """On a CPU: of many tokens; of fewer only forwards, in bf16, with matrix tiles. Elsewhere attention is written out,
-    and in graphs, which runtimes optimise by themselves: docs/decisions/0002-attention.md
+    """Of many tokens, everywhere; of fewer on a CPU alone, forwards, in bf16, with matrix tiles. Else attention is
+    written out, and in graphs, which runtimes optimise by themselves: docs/decisions/0002-attention.md
     """
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
     return query.shape[-2] >= MANY_TOKENS or (
-        query.dtype == torch.bfloat16 and not torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported())
+        query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+        and torch.cpu._is_amx_tile_supported())
 
 
 def _normal(values: Float[Tensor, "*n"], std: float) -> Float[Tensor, "*n"]:

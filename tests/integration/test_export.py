@@ -17,7 +17,7 @@ from torch import nn
 from intra import cli
 from intra.deploy import export as export_module
 from intra.deploy import exported
-from intra.deploy.export import TOLERANCES, ParityError, export, parity
+from intra.deploy.export import TOLERANCES, ParityError, Tolerance, export, parity
 from intra.deploy.export_formats import SCOPES, InspectionGraph, _scopes, in_int8, to_onnx, with_fp16_weights
 from intra.deploy.exported import METADATA_KEY, OUTPUTS, ExportedDetector, seal
 from intra.errors import InTraError
@@ -222,19 +222,22 @@ def test_half_the_bits_of_the_networks_weights(run, files, photos, tmp_path):
         assert sizes[1] - sizes[0] > 0.9 * halved
 
 
-def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path):
-    """An untrained model may do worse in 8 bits; what matters: a file is only there if it is within the tolerance."""
-    file = tmp_path / "gear.onnx"
-    try:
-        found = export(run.path, file, format="onnx", precision="int8", data=photos / "gear")
-    except ParityError as error:
-        assert "int8" in str(error)
-        assert not file.exists()
-        return
-    assert found.parity.image_auroc is not None
-    assert found.parity.image_auroc_before - found.parity.image_auroc <= TOLERANCES["int8"].auroc_loss
-    types = {each.op_type for each in onnx.load(file).graph.node}
-    assert "QuantizeLinear" in types
+def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path, monkeypatch):
+    """A hardly trained model may lose too much in 8 bits; a file is only there if it is within the limits."""
+    limits = TOLERANCES["int8"]
+    monkeypatch.setitem(TOLERANCES, "int8", Tolerance(1.0, 1.0, 1.0))
+    found = export(run.path, tmp_path / "gear.onnx", format="onnx", precision="int8", data=photos / "gear").parity
+    assert found.largest_repaired_difference < 0.1
+    assert found.image_auroc is not None
+    assert "QuantizeLinear" in {each.op_type for each in onnx.load(tmp_path / "gear.onnx").graph.node}
+    monkeypatch.setitem(TOLERANCES, "int8", limits)
+    again = tmp_path / "again.onnx"
+    if found.problems(limits):
+        with pytest.raises(ParityError, match="int8"):
+            export(run.path, again, format="onnx", precision="int8", data=photos / "gear")
+    else:
+        export(run.path, again, format="onnx", precision="int8", data=photos / "gear")
+    assert again.exists() == (not found.problems(limits))
 
 
 def test_int8_leaves_alone_where_pixels_come_in_and_go_out(run, traced_once, tests):
@@ -377,7 +380,7 @@ def test_small_and_huge_weights_and_those_of_no_product_of_a_network_keep_their_
               "bias": np.ones(1000, np.float32), "mean": np.ones((10, 100), np.float32),
               "other": np.ones((10, 100), np.float32), "up": np.ones((10, 10, 4, 4), np.float32)}
     nodes = [node("Gemm", ["small", "large", "huge", "whole", "bias"], "a", "head"),
-             node("GatherND", ["mean", "whole"], "b", "index"), node("MatMul", ["other"], "c"),
+             node("Gather", ["mean", "whole"], "b", "index"), node("MatMul", ["other"], "c"),
              node("ConvTranspose", ["up"], "d", "decoder.0")]
     graph = onnx.helper.make_graph(nodes, "weights", [], [], [
         onnx.numpy_helper.from_array(value, name) for name, value in values.items()])

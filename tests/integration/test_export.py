@@ -236,6 +236,7 @@ def test_int8_is_measured_on_labelled_photos_or_refused(run, photos, tmp_path, m
         with pytest.raises(ParityError, match="int8"):
             export(run.path, again, format="onnx", precision="int8", data=photos / "gear")
     else:
+        assert found.image_auroc_before - found.image_auroc <= limits.auroc_loss
         export(run.path, again, format="onnx", precision="int8", data=photos / "gear")
     assert again.exists() == (not found.problems(limits))
 

@@ -148,6 +148,7 @@ def test_small_cells_that_are_not_described_have_no_part_in_the_division():
     assert copied[..., 2, 1] < 0.8 * alone[..., 2, 1]
     assert found[..., 2, 1] == pytest.approx(float(alone[..., 2, 1]), rel=0.2)
     nowhere = _in_parts(large, small, 3.0, described * (torch.arange(8) > 3))  # none in the large cells on the left
+    assert nowhere.isfinite().all()
     assert torch.allclose(nowhere[..., :2], copied[..., :2])
 
 

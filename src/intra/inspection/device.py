@@ -26,16 +26,19 @@ class OutOfMemoryError(InTraError):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first GPU, or the CPU. Raises InTraError if it is not there."""
+    """The device of this name; "auto" is the first GPU, or the CPU. Raises InTraError if it is not there.
+
+    From then on a GPU's convolutions in fp32 keep all bits.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InTraError(f"device {name!r} cannot be used here ({reason}); pass --device auto or cpu") from error
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     return device
 
 

@@ -142,18 +142,13 @@ def cut_windows(
 ) -> Shaped[Tensor, "b c wh ww"]:  # fmt: skip
     """The pixels of a window of each of the images `which`, laid by its symmetry (transpose, flip_rows, flip_cols).
 
-    The origin counts in the image as it is laid; a transposed one is square. Each window is a slice, laid: the quickest
-    way on a CPU.
+    The origin counts in the image as it is laid. Each window is a slice: quick on a CPU, above all where
+    it is the whole image.
     """
     height, width = window_shape[0] * patch_size, window_shape[1] * patch_size
     cut = []
     for image, (row, col), switches in zip(which.tolist(), (origins * patch_size).tolist(), laid.tolist(), strict=True):
-        symmetry = Symmetry(*switches)
-        first_row = images.shape[-2] - height - row if symmetry.flip_rows else row
-        first_col = images.shape[-1] - width - col if symmetry.flip_cols else col
-        rows, cols = slice(first_row, first_row + height), slice(first_col, first_col + width)
-        source = (cols, rows) if symmetry.transpose else (rows, cols)
-        cut.append(symmetry.apply(images[image][:, *source]))
+        cut.append(Symmetry(*switches).apply(images[image])[:, row : row + height, col : col + width])
     return torch.stack(cut)
 
 

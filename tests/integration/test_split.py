@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import TINY
@@ -42,6 +43,30 @@ def test_without_copies_the_split_is_as_ever(photos):
     both[order[3:].sort().values], both[order[:3].sort().values] = training, held_out
     for image, path in zip(both, find_category(photos / "gear").train, strict=True):
         assert torch.equal(image, prepare(read_image(path), size=(256, 256), channels=3))
+
+
+def test_held_out_photos_are_read_as_those_to_inspect(tmp_path):
+    """Large JPEGs to train on are decoded at a half: what decides the threshold is not."""
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).resize((1536, 1536)).save(tmp_path / f"{number:02}.jpg")
+    training, held_out = split(tmp_path, 0)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    whole = torch.stack([prepare(read_image(tmp_path / f"{number:02}.jpg"), size=(256, 256), channels=3)
+                         for number in range(12)])
+    assert torch.equal(held_out, whole[order[:3].sort().values])
+    away = (training.int() - whole[order[3:].sort().values].int()).abs()
+    assert 0 < away.max() <= 4
+
+
+def test_held_out_photos_of_8_bits_are_as_those_of_16_that_train(tmp_path):
+    for number in range(12):
+        value = np.uint16(13107) if number == 5 else np.uint8(51)
+        PIL.Image.fromarray(np.full((64 + number, 64), value)).save(tmp_path / f"{number:02}.png")
+    for training, held_out in (split(tmp_path, seed) for seed in range(8)):  # on either side
+        torch.testing.assert_close(training, torch.full_like(training, 0.2))
+        torch.testing.assert_close(held_out, torch.full_like(held_out, 0.2))
 
 
 def test_copies_alone_are_too_few(photos, tmp_path):

@@ -64,11 +64,11 @@ def test_what_is_written_into_the_pixels_stays_in_this_process(paths, folder):
     assert torch.equal(read(paths), read_set(paths, **SETTINGS))
 
 
-@pytest.mark.parametrize("change", ["content", "order", "size", "channels", "fewer", "box"])
+@pytest.mark.parametrize("change", ["content", "order", "size", "channels", "fewer", "box", "quickly"])
 def test_what_differs_is_decoded_anew(paths, folder, decoded, change):
     read(paths)
     settings = {"size": {"size": (8, 8)}, "channels": {"channels": 1},
-                "box": {"box": (0.1, 0.0, 0.9, 0.5)}}.get(change, {})
+                "box": {"box": (0.1, 0.0, 0.9, 0.5)}, "quickly": {"quickly": True}}.get(change, {})
     if change == "content":  # of the same length, at the same time
         before = paths[0].stat()
         paths[0].write_bytes(paths[1].read_bytes())

@@ -567,6 +567,65 @@ class TestReadSet:
             read_set([], size=(8, 8), channels=1)
 
 
+class TestReadSetQuickly:
+    """Large JPEGs, decoded at a part of their sides."""
+
+    SIZE = (32, 48)
+
+    @staticmethod
+    def _photo(height: int, width: int) -> PIL.Image.Image:
+        """Smooth, with the noise of a camera."""
+        row, col = np.mgrid[:height, :width] / 100
+        waves = np.stack([np.sin(3 * row + col), np.cos(2 * col), np.sin(row * col)], axis=2)
+        noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+        return PIL.Image.fromarray((128 + 80 * waves + noise).clip(0, 255).astype(np.uint8))
+
+    def _both(self, path: Path, size: tuple[int, int] = SIZE, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(read_set([path], size=size, channels=3, quickly=quickly, **settings)[0].int()
+                     for quickly in (False, True))
+
+    @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": "turned"}])
+    @pytest.mark.parametrize("share", [2, 4, 8])
+    def test_the_pixels_are_the_same_but_for_rounding(self, tmp_path, share, options):
+        photo = self._photo(96 * share, 144 * share)
+        if "exif" in options:
+            exif = PIL.Image.Exif()
+            exif[0x0112] = 6
+            photo, options = photo.transpose(PIL.Image.Transpose.ROTATE_90), {"exif": exif}
+        photo.save(tmp_path / "large.jpg", quality=92, **options)
+        whole, quick = self._both(tmp_path / "large.jpg")
+        away = (whole - quick).float()
+        assert 0 < away.abs().max() <= 4
+        assert away.std() < 0.8
+        assert away.mean().abs() < 0.1
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])
+    def test_grey_and_cmyk(self, tmp_path, mode):
+        self._photo(192, 288).convert(mode).save(tmp_path / "large.jpg", quality=92)
+        whole, quick = self._both(tmp_path / "large.jpg")
+        assert 0 < (whole - quick).abs().max() <= 4
+
+    @pytest.mark.parametrize(("suffix", "height", "width"), [
+        ("png", 192, 288), ("jpg", 190, 288), ("jpg", 192, 286), ("jpg", 193, 288), ("jpg", 192, 289)])
+    def test_others_are_decoded_whole(self, tmp_path, suffix, height, width):
+        """No JPEG; less than six times the wanted sides; odd sides, whose half would not lie as they do."""
+        self._photo(height, width).save(tmp_path / f"other.{suffix}")
+        whole, quick = self._both(tmp_path / f"other.{suffix}")
+        assert torch.equal(whole, quick)
+
+    def test_with_a_box_they_are_decoded_whole(self, tmp_path):
+        self._photo(384, 576).save(tmp_path / "large.jpg")
+        whole, quick = self._both(tmp_path / "large.jpg", box=(0.1, 0.1, 0.9, 0.9))
+        assert torch.equal(whole, quick)
+
+    def test_a_truncated_one_is_named(self, tmp_path):
+        self._photo(384, 576).save(tmp_path / "large.jpg")
+        content = (tmp_path / "large.jpg").read_bytes()
+        (tmp_path / "large.jpg").write_bytes(content[: len(content) // 2])
+        with pytest.raises(InTraError, match=r"large\.jpg \(it is damaged or truncated"):
+            read_set([tmp_path / "large.jpg"], size=self.SIZE, channels=3, quickly=True)
+
+
 class TestAuto:
     @pytest.mark.parametrize("sizes, expected", [
         ([(1024, 1024)], (256, 256)), ([(64, 64)], (256, 256)), ([(480, 640)], (224, 288)), ([(640, 480)], (288, 224)),

@@ -38,19 +38,19 @@ def cache_folder() -> Path | None:
 
 def cached_set(
     paths: Sequence[Path], hashes: Iterable[str], *, size: tuple[int, int], channels: int, box: Box | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    quickly: bool = False, on_progress: Callable[[int, int], None] | None = None,
 ) -> Shaped[Tensor, "n c h w"]:  # fmt: skip
     """As `read_set`, from the cache where the same contents were read before. `hashes` are the files' SHA-256."""
     folder = cache_folder()
     if folder is None:
-        return read_set(paths, size=size, channels=channels, box=box, on_progress=on_progress)
-    cut = "" if box is None else f" {box}"
-    key = hashlib.sha256(f"{FORMAT} {size} {channels} {' '.join(hashes)}{cut}".encode()).hexdigest()
+        return read_set(paths, size=size, channels=channels, box=box, quickly=quickly, on_progress=on_progress)
+    way = f"{'' if box is None else f' {box}'}{' quickly' if quickly else ''}"
+    key = hashlib.sha256(f"{FORMAT} {size} {channels} {' '.join(hashes)}{way}".encode()).hexdigest()
     shape = (len(paths), channels, *size)
     for suffix in DTYPES:
         with contextlib.suppress(OSError, RuntimeError):
             return _mapped(folder / f"{key}.{suffix}", shape)
-    images = read_set(paths, size=size, channels=channels, box=box, on_progress=on_progress)
+    images = read_set(paths, size=size, channels=channels, box=box, quickly=quickly, on_progress=on_progress)
     suffix = next(name for name, dtype in DTYPES.items() if dtype == images.dtype)
     file = folder / f"{key}.{suffix}"
     with contextlib.suppress(InTraError, OSError, RuntimeError):

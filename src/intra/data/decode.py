@@ -32,7 +32,7 @@ from jaxtyping import Float, Float32, Shaped
 from intra.errors import InTraError
 
 __all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "opened_bytes", "pixels_of", "reasons",
-           "shape_of"]
+           "shape_of", "shrink"]
 
 # Documents, vector graphics, films and data containers: no photos, and some of them start other programs when opened.
 _NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -114,6 +114,19 @@ def shape_of(image: PIL.Image.Image) -> tuple[int, int, int, int]:
         width, height = height, width
     depth = 16 if image.mode.startswith("I") else 32 if image.mode == "F" else 8
     return height, width, _num_pages(image) if _is_grey(image) else 3, depth
+
+
+def shrink(image: PIL.Image.Image, least: tuple[int, int]) -> None:
+    """Lets an opened JPEG be decoded at an eighth, a quarter or a half of its sides, upright at least that height and
+    width, where the sides can be divided by it: libjpeg then leaves out the finest frequencies. Use inside `reasons`.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return
+    height, width, _, _ = shape_of(image)
+    for share in (8, 4, 2):
+        if height >= share * least[0] and width >= share * least[1] and not (height % share or width % share):
+            image.draft(None, (image.width // share, image.height // share))
+            return
 
 
 def pixels_of(image: PIL.Image.Image) -> Shaped[np.ndarray, "h w c"]:

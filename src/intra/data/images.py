@@ -26,6 +26,7 @@ from intra.data.decode import (
     pixels_of,
     reasons,
     shape_of,
+    shrink,
 )
 from intra.data.files import listed
 from intra.errors import InTraError
@@ -35,6 +36,7 @@ __all__ = ["IMAGE_SUFFIXES", "Box", "ImageInfo", "UnreadableError", "auto_channe
            "read_mask", "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
+QUICKLY_LEAST = 3  # times the wanted sides, at which a JPEG may be decoded: docs/decisions/0020-smaller-jpegs.md
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right in shares of a photo's height and width
@@ -161,11 +163,13 @@ def to_unit(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def read_set(
-    paths: Sequence[Path], *, size: tuple[int, int], channels: int, box: Box | None = None,
+    paths: Sequence[Path], *, size: tuple[int, int], channels: int, box: Box | None = None, quickly: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Shaped[Tensor, "n c h w"]:
+) -> Shaped[Tensor, "n c h w"]:  # fmt: skip
     """All images, each decoded once and prepared: uint8 if every file has 8 bits, else float32 in [0, 1].
 
+    With `quickly` a large JPEG is decoded at a part of its sides, at least QUICKLY_LEAST times the wanted ones; its
+    pixels are those of `prepare` but for the rounding of both. Not with a box, which is cut out in whole px.
     `on_progress` gets how many files are done, and how many there are. Only the reduced images are kept in
     memory. Raises one InTraError that names the unreadable files.
     """
@@ -174,22 +178,24 @@ def read_set(
 
     def work(path: Path) -> Tensor | UnreadableError:
         try:
-            return prepare(read_image(path), size=size, channels=channels, box=box)
+            with opened(path) as file:
+                if quickly and box is None:
+                    shrink(file, (QUICKLY_LEAST * size[0], QUICKLY_LEAST * size[1]))
+                return prepare(pixels_of(file), size=size, channels=channels, box=box)
         except UnreadableError as error:
             return error
-        except InTraError as error:
-            return UnreadableError(path, str(error))
 
     images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
     failed = []
     for index, result in enumerate(in_threads(work, paths, on_progress)):
         if isinstance(result, UnreadableError):
             failed.append(f"{paths[index]} ({result.reason})")
-        elif result.dtype == images.dtype:
-            images[index] = result
-        else:  # the first float image of the set, or an 8-bit one after it
+            continue
+        is_alike = result.dtype == images.dtype
+        if not is_alike:  # the first float image of the set, or an 8-bit one after it
             images = to_unit(images)
-            images[index] = to_unit(result)
+        # by NumPy: a thread of torch's would wait for more, and slow the decoding
+        images[index].numpy()[...] = (result if is_alike else to_unit(result)).numpy()
     if failed:
         raise InTraError(f"{len(failed)} of {len(paths)} images cannot be used: {listed(failed)}; replace or remove "
                          "them; `intra check-data` lists everything that is wrong")

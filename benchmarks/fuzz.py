@@ -181,6 +181,8 @@ def _readers(folder: Path) -> dict[str, Any]:
     def image(path: Path) -> None:
         with suppress(InTraError):
             read_info(path)
+        with suppress(InTraError):
+            read_image(path, least=(8, 8))
         read_image(path)
 
     model = Detector.load(folder / "seeds" / "model", device="cpu").model

@@ -11,6 +11,7 @@ from conftest import TINY
 
 import intra
 from intra.config import preset
+from intra.data import images as data_images
 from intra.data.folder import find_category, fingerprints_of
 from intra.data.images import prepare, read_image
 from intra.errors import InTraError
@@ -45,12 +46,29 @@ def test_without_copies_the_split_is_as_ever(photos):
         assert torch.equal(image, prepare(read_image(path), size=(256, 256), channels=3))
 
 
-def test_held_out_photos_are_read_as_those_to_inspect(tmp_path):
-    """Large JPEGs to train on are decoded at a half: what decides the threshold is not."""
+def large_jpegs(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(12):
         pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).resize((1536, 1536)).save(tmp_path / f"{number:02}.jpg")
+        PIL.Image.fromarray(pixels).resize((1536, 1536)).save(folder / f"{number:02}.jpg")
+
+
+def test_of_large_jpegs_only_new_held_out_ones_are_decoded_again(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    large_jpegs(tmp_path / "photos")
+    monkeypatch.setenv("INTRA_CACHE", str(tmp_path / "cache"))
+    decoded: list[str] = []
+    monkeypatch.setattr(data_images, "read_image",
+                        lambda image, **kw: decoded.append(str(image)) or read_image(image, **kw))
+    for seed, expected in ((0, 15), (0, 0), (1, 3), (0, 0)):  # those held out twice
+        decoded.clear()
+        split(tmp_path / "photos", seed)
+        assert len(decoded) == expected
+
+
+def test_held_out_photos_are_read_as_those_to_inspect(tmp_path):
+    """Large JPEGs to train on are decoded at a half: what decides the threshold is not."""
+    large_jpegs(tmp_path)
     training, held_out = split(tmp_path, 0)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     whole = torch.stack([prepare(read_image(tmp_path / f"{number:02}.jpg"), size=(256, 256), channels=3)
@@ -64,7 +82,10 @@ def test_held_out_photos_of_8_bits_are_as_those_of_16_that_train(tmp_path):
     for number in range(12):
         value = np.uint16(13107) if number == 5 else np.uint8(51)
         PIL.Image.fromarray(np.full((64 + number, 64), value)).save(tmp_path / f"{number:02}.png")
-    for training, held_out in (split(tmp_path, seed) for seed in range(8)):  # on either side
+    sides = [split(tmp_path, seed) for seed in range(8)]
+    assert {5 in torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:3] for seed in range(8)} == {
+        False, True}  # the deep one is on either side
+    for training, held_out in sides:
         torch.testing.assert_close(training, torch.full_like(training, 0.2))
         torch.testing.assert_close(held_out, torch.full_like(held_out, 0.2))
 

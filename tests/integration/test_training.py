@@ -264,7 +264,7 @@ def test_no_image_is_decoded_twice(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("INTRA_CACHE", str(tmp_path / "cache"))
     decoded: list[str] = []
     original = images.read_image
-    monkeypatch.setattr(images, "read_image", lambda image: decoded.append(str(image)) or original(image))
+    monkeypatch.setattr(images, "read_image", lambda image, **kw: decoded.append(str(image)) or original(image, **kw))
     for folder in ("first", "second"):  # the second takes them from the cache
         train(photos / "gear", tmp_path / folder, steps=15, image_size=64, settings=TINY)
         assert sorted(decoded) == sorted(str(path) for path in find_categories(photos / "gear")[0].train)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from intra.data.decode import opened
+from intra.data.decode import opened, part_that_suffices
 from intra.data.images import (
     IMAGE_SUFFIXES,
     ImageInfo,
@@ -598,6 +598,38 @@ class TestReadSetQuickly:
         assert 0 < away.abs().max() <= 4
         assert away.std() < 0.8
         assert away.mean().abs() < 0.1
+
+    def test_black_on_white(self, tmp_path):
+        """Edges whose ringing the white cuts off, finer than a wanted pixel."""
+        pixels = np.full((384, 576, 3), 255, dtype=np.uint8)
+        pixels[:, ::40], pixels[::56], pixels[100:220, 130:300] = 0, 0, 0
+        PIL.Image.fromarray(pixels).save(tmp_path / "large.jpg", quality=92)
+        away = torch.sub(*self._both(tmp_path / "large.jpg")).float()
+        assert 0 < away.abs().max() <= 16
+        assert away.std() < 4
+
+    def test_the_largest_part_that_divides_both_sides(self, tmp_path):
+        """Wide enough for an eighth; 1028 can be divided by four alone."""
+        self._photo(1028, 1536).save(tmp_path / "large.jpg")
+        with opened(tmp_path / "large.jpg") as file:
+            assert part_that_suffices(file, (96, 144)) == 4
+        assert read_image(tmp_path / "large.jpg", least=(96, 144)).shape == (257, 384, 3)
+
+    def test_several_pictures_in_one_file(self, tmp_path):
+        self._photo(192, 288).save(tmp_path / "large.mpo", save_all=True, append_images=[self._photo(96, 96)])
+        whole, quick = self._both(tmp_path / "large.mpo")
+        assert 0 < (whole - quick).abs().max() <= 4
+
+    def test_a_lossless_jpeg_is_decoded_whole(self, tmp_path):
+        """libjpeg cannot decode a part of it; by hand, as Pillow writes none: every pixel as the one before."""
+        height, width = 192, 288
+        head = b"\xff\xd8\xff\xc3" + struct.pack(">HBHHB3B", 11, 8, height, width, 1, 1, 0x11, 0)
+        table = b"\xff\xc4" + struct.pack(">HB16BB", 20, 0, 1, *[0] * 15, 0)
+        scan = b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0, 1, 0, 0) + bytes(height * width // 8)
+        (tmp_path / "large.jpg").write_bytes(head + table + scan + b"\xff\xd9")
+        whole, quick = self._both(tmp_path / "large.jpg")
+        assert torch.equal(whole, torch.full_like(whole, 128))
+        assert torch.equal(whole, quick)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK"])
     def test_grey_and_cmyk(self, tmp_path, mode):

@@ -123,6 +123,14 @@ def test_box_blur_equals_a_mean_over_the_part_inside(side):
     torch.testing.assert_close(box_blur(maps, side), total / inside.unfold(1, side, 1).unfold(2, side, 1).sum((-1, -2)))
 
 
+@pytest.mark.parametrize("side", [1, 3, 9, 31, 101])
+def test_box_blur_by_sums_is_the_average_pooling_of_graphs(side, monkeypatch):
+    maps = images(3, 64, 48)
+    found = box_blur(maps, side)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(found, box_blur(maps, side))
+
+
 def test_different_sizes_are_refused():
     with pytest.raises(Exception, match=r"violates|type"):
         ssim_map(images(1, 1, 8, 8), images(1, 1, 8, 9))

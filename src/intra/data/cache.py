@@ -1,8 +1,8 @@
 """Reduced photos on the disk, so that the next run on the same photos does not decode them again.
 
-A file for each set, under the SHA-256 of its photos' contents, size, channels and box: a photo that changed makes
-another set. It is mapped into memory, not read. Nothing here may stop a training: without room, or rights, the photos
-are decoded as if there was no cache.
+A file for each set, under the SHA-256 of its photos' contents, size, channels, box and way of reading: a photo that
+changed makes another set. It is mapped into memory, not read. Nothing here may stop a training: without room, or
+rights, the photos are decoded as if there was no cache.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from intra.data.files import remove_leftovers, whole_file
-from intra.data.images import Box, read_set
+from intra.data.images import LEAST_SIDES, Box, read_set
 from intra.errors import InTraError
 
 __all__ = ["cache_folder", "cached_set"]
 
-FORMAT = 1  # counts up when `prepare` makes other pixels of the same file
+FORMAT = 1  # counts up when `read_set` makes other pixels of the same file
 MOST_BYTES = 8 * 2**30  # of all files; the longest unused are removed
 DTYPES = {"u8": torch.uint8, "f32": torch.float32}  # by the file's suffix
 
@@ -44,7 +44,7 @@ def cached_set(
     folder = cache_folder()
     if folder is None:
         return read_set(paths, size=size, channels=channels, box=box, quickly=quickly, on_progress=on_progress)
-    way = f"{'' if box is None else f' {box}'}{' quickly' if quickly else ''}"
+    way = f" {box}" if box is not None else f" at least {LEAST_SIDES}" if quickly else ""
     key = hashlib.sha256(f"{FORMAT} {size} {channels} {' '.join(hashes)}{way}".encode()).hexdigest()
     shape = (len(paths), channels, *size)
     for suffix in DTYPES:

@@ -31,8 +31,8 @@ from jaxtyping import Float, Float32, Shaped
 
 from intra.errors import InTraError
 
-__all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "opened_bytes", "pixels_of", "reasons",
-           "shape_of", "shrink"]
+__all__ = ["IMAGE_SUFFIXES", "UnreadableError", "checked_unit", "opened", "opened_bytes", "part_that_suffices",
+           "pixels_of", "reasons", "shape_of", "shrink"]
 
 # Documents, vector graphics, films and data containers: no photos, and some of them start other programs when opened.
 _NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -116,17 +116,25 @@ def shape_of(image: PIL.Image.Image) -> tuple[int, int, int, int]:
     return height, width, _num_pages(image) if _is_grey(image) else 3, depth
 
 
-def shrink(image: PIL.Image.Image, least: tuple[int, int]) -> None:
-    """Lets an opened JPEG be decoded at an eighth, a quarter or a half of its sides, upright at least that height and
-    width, where the sides can be divided by it: libjpeg then leaves out the finest frequencies. Use inside `reasons`.
+def part_that_suffices(image: PIL.Image.Image, least: tuple[int, int]) -> int:
+    """8, 4, 2 or 1: the sides of an opened JPEG can be divided by it, and its part still has, upright, at least that
+    height and width. 1 for all other files.
     """
-    if image.format not in ("JPEG", "MPO"):
-        return
+    is_scalable = image.format in ("JPEG", "MPO") and getattr(image, "quantization", None)  # a lossless one has none
+    if not is_scalable:
+        return 1
     height, width, _, _ = shape_of(image)
-    for share in (8, 4, 2):
-        if height >= share * least[0] and width >= share * least[1] and not (height % share or width % share):
-            image.draft(None, (image.width // share, image.height // share))
-            return
+    fitting = (part for part in (8, 4, 2) if not (height % part or width % part)
+               and height >= part * least[0] and width >= part * least[1])
+    return next(fitting, 1)
+
+
+def shrink(image: PIL.Image.Image, part: int) -> None:
+    """Lets an opened JPEG be decoded at a part of its sides: libjpeg leaves out the finest frequencies. Use inside
+    `reasons`, before `pixels_of`.
+    """
+    if part > 1:
+        image.draft(None, (image.width // part, image.height // part))
 
 
 def pixels_of(image: PIL.Image.Image) -> Shaped[np.ndarray, "h w c"]:

@@ -23,6 +23,7 @@ from intra.data.decode import (
     checked_unit,
     opened,
     opened_bytes,
+    part_that_suffices,
     pixels_of,
     reasons,
     shape_of,
@@ -31,12 +32,12 @@ from intra.data.decode import (
 from intra.data.files import listed
 from intra.errors import InTraError
 
-__all__ = ["IMAGE_SUFFIXES", "Box", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size", "box_slices",
-           "convert_channels", "in_threads", "pixels_digest", "prepare", "read_bytes", "read_image", "read_info",
-           "read_mask", "read_set", "to_unit"]
+__all__ = ["IMAGE_SUFFIXES", "LEAST_SIDES", "Box", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size",
+           "box_slices", "convert_channels", "in_threads", "is_read_quickly", "pixels_digest", "prepare",
+           "read_bytes", "read_image", "read_info", "read_mask", "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
-QUICKLY_LEAST = 3  # times the wanted sides, at which a JPEG may be decoded: docs/decisions/0020-smaller-jpegs.md
+LEAST_SIDES = 3  # times the wanted ones, of a JPEG to train on: docs/decisions/0020-smaller-jpegs.md
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 Box = tuple[float, float, float, float]  # top, left, bottom, right in shares of a photo's height and width
@@ -55,11 +56,14 @@ class ImageInfo:
     bit_depth: int  # 8, 16 or 32 (float)
 
 
-def read_image(image: str | Path | PIL.Image.Image | np.ndarray) -> Shaped[np.ndarray, "h w c"]:
+def read_image(
+    image: str | Path | PIL.Image.Image | np.ndarray, *, least: tuple[int, int] | None = None
+) -> Shaped[np.ndarray, "h w c"]:
     """Pixels of a file, a PIL image or an array (H, W[, C]): uint8, uint16, or float32 in [0, 1].
 
-    EXIF orientation is honoured. Raises UnreadableError with path and reason for a file that is missing, damaged, too
-    large or no image, and InTraError for an unfit array.
+    EXIF orientation is honoured. A JPEG file may be decoded at a half, a quarter or an eighth of its sides if at
+    `least` that height and width are left; None: never. Raises UnreadableError with path and reason for a file that is
+    missing, damaged, too large or no image, and InTraError for an unfit array.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -67,6 +71,8 @@ def read_image(image: str | Path | PIL.Image.Image | np.ndarray) -> Shaped[np.nd
         with reasons("the PIL image"):
             return pixels_of(image)
     with opened(image) as file:
+        if least is not None:
+            shrink(file, part_that_suffices(file, least))
         return pixels_of(file)
 
 
@@ -168,22 +174,23 @@ def read_set(
 ) -> Shaped[Tensor, "n c h w"]:  # fmt: skip
     """All images, each decoded once and prepared: uint8 if every file has 8 bits, else float32 in [0, 1].
 
-    With `quickly` a large JPEG is decoded at a part of its sides, at least QUICKLY_LEAST times the wanted ones; its
-    pixels are those of `prepare` but for the rounding of both. Not with a box, which is cut out in whole px.
+    With `quickly` a large JPEG is decoded at a part of its sides, at least LEAST_SIDES times the wanted ones: a few
+    levels of its pixels differ. Not with a box, which is cut out in whole px.
     `on_progress` gets how many files are done, and how many there are. Only the reduced images are kept in
     memory. Raises one InTraError that names the unreadable files.
     """
     if not paths:
         raise InTraError("expected at least one image, found none; run `intra check-data` on the folder")
 
+    least = _least(size) if quickly and box is None else None
+
     def work(path: Path) -> Tensor | UnreadableError:
         try:
-            with opened(path) as file:
-                if quickly and box is None:
-                    shrink(file, (QUICKLY_LEAST * size[0], QUICKLY_LEAST * size[1]))
-                return prepare(pixels_of(file), size=size, channels=channels, box=box)
+            return prepare(read_image(path, least=least), size=size, channels=channels, box=box)
         except UnreadableError as error:
             return error
+        except InTraError as error:
+            return UnreadableError(path, str(error))
 
     images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
     failed = []
@@ -200,6 +207,18 @@ def read_set(
         raise InTraError(f"{len(failed)} of {len(paths)} images cannot be used: {listed(failed)}; replace or remove "
                          "them; `intra check-data` lists everything that is wrong")
     return images
+
+
+def is_read_quickly(path: Path, *, size: tuple[int, int], box: Box | None = None) -> bool:
+    """Whether `read_set` decodes a part of the file's pixels alone, if it may. Raises UnreadableError."""
+    if box is not None:
+        return False
+    with opened(path) as file:
+        return part_that_suffices(file, _least(size)) > 1
+
+
+def _least(size: tuple[int, int]) -> tuple[int, int]:
+    return LEAST_SIDES * size[0], LEAST_SIDES * size[1]
 
 
 def auto_image_size(

@@ -21,7 +21,7 @@ from intra.config import Config, preset
 from intra.data.cache import cached_set
 from intra.data.files import remove_leftovers
 from intra.data.folder import MIN_GOOD_IMAGES, Category, find_category, fingerprints_of, require_enough
-from intra.data.images import auto_channels, auto_image_size, box_slices, read_info, to_unit
+from intra.data.images import auto_channels, auto_image_size, box_slices, is_read_quickly, read_info, to_unit
 from intra.data.roi import ROI_FILE, check_roi, read_roi, roi_box, roi_digest, save_roi
 from intra.errors import InTraError
 from intra.geometry import patchify
@@ -272,9 +272,9 @@ def _resumed(
 def _read_split(
     category: Category, config: Config, seed: int, fingerprints: Mapping[str, str]
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
-    """The good images that train, and those held out, which are read as photos to inspect are. Of identical files the
-    first stands for all, so that none is on both sides, or counts twice for the threshold. Raises InTraError if there
-    are too few for the settings.
+    """The good images that train, and those held out, which are decoded whole, as photos to inspect are. Of identical
+    files the first stands for all, so that none is on both sides, or counts twice for the threshold. Raises InTraError
+    if there are too few for the settings.
     """
     first: dict[str, Path] = {}
     for path, fingerprint in zip(category.train, fingerprints.values(), strict=True):
@@ -285,16 +285,17 @@ def _read_split(
     train_index, validation_index = _split(len(first), config, seed)
     kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
     check_held_out(len(validation_index), kinds=kinds, scoring=config.scoring)
-    hashes = list(first)
-    held_out = [hashes[index] for index in validation_index.tolist()]
-    images, validation = (
-        cached_set([first[each] for each in chosen], chosen, size=config.model.image_size,
-                   channels=config.model.channels, box=config.data.box, quickly=quickly)
-        for chosen, quickly in ((hashes, True), (held_out, False))
-    )  # fmt: skip
-    if validation.dtype != images.dtype:  # 8 bits beside photos of more
-        validation = to_unit(validation)
-    return images[train_index], validation
+    hashes, paths, size, box = list(first), list(first.values()), config.model.image_size, config.data.box
+    images = cached_set(paths, hashes, size=size, channels=config.model.channels, box=box, quickly=True)
+    training, validation = images[train_index], images[validation_index]
+    places = [place for place, index in enumerate(validation_index.tolist())
+              if is_read_quickly(paths[index], size=size, box=box)]
+    if places:
+        chosen = validation_index[places].tolist()
+        whole = cached_set([paths[index] for index in chosen], [hashes[index] for index in chosen], size=size,
+                           channels=config.model.channels)
+        validation[places] = whole if whole.dtype == validation.dtype else to_unit(whole)
+    return training, validation
 
 
 def _region(mask: Bool[np.ndarray, "i j"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:

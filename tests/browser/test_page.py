@@ -131,7 +131,9 @@ def test_the_threshold_moves_verdicts_and_promise(page, parts, detector):
         value = float(page.text_content("#threshold-value"))
         scores = [float(text) for text in column(page, 4)]
         words = column(page, 3)
-        assert words == ["defect" if score > value else "good" for score in scores]
+        shown = [(score, word) for score, word in zip(scores, words, strict=True) if score != value]  # by its 4 digits
+        assert len(shown) >= len(parts) - 1
+        assert [word for _, word in shown] == ["defect" if score > value else "good" for score, _ in shown]
         promise = given_threshold(detector.held_out_scores, value).false_reject_rate
         share = f"{100 * promise:.{0 if promise >= 0.1 else 1}f} %"
         assert f"at most {share} of good parts" in page.text_content("#promise")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import shutil
 from pathlib import Path
 
@@ -81,9 +82,11 @@ def chosen(page) -> str:
     return page.text_content("#name")
 
 
-def move_threshold(page, place: float) -> None:
+def move_threshold(page, place: float) -> float:
+    """Along the slider, from 0 to 1; the threshold that is shown then."""
     page.locator("#threshold").fill(str(round(1000 * place)))
     page.wait_for_timeout(100)
+    return float(page.text_content("#threshold-value"))
 
 
 def test_a_photo_gets_a_verdict_that_can_be_read_from_afar(page, parts, detector):
@@ -127,13 +130,13 @@ def test_the_threshold_moves_verdicts_and_promise(page, parts, detector):
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     for place in (0.02, 0.3, 0.5, 0.98):
-        move_threshold(page, place)
-        value = float(page.text_content("#threshold-value"))
+        value = move_threshold(page, place)
         scores = [float(text) for text in column(page, 4)]
+        steps = itertools.count(1)
+        while value in scores:  # by the four digits that are shown, neither above nor below
+            value = move_threshold(page, place + 0.001 * next(steps))
         words = column(page, 3)
-        shown = [(score, word) for score, word in zip(scores, words, strict=True) if score != value]  # by its 4 digits
-        assert len(shown) >= len(parts) - 1
-        assert [word for _, word in shown] == ["defect" if score > value else "good" for score, _ in shown]
+        assert words == ["defect" if score > value else "good" for score in scores]
         promise = given_threshold(detector.held_out_scores, value).false_reject_rate
         share = f"{100 * promise:.{0 if promise >= 0.1 else 1}f} %"
         assert f"at most {share} of good parts" in page.text_content("#promise")

@@ -580,8 +580,8 @@ class TestReadSetQuickly:
         noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
         return PIL.Image.fromarray((128 + 80 * waves + noise).clip(0, 255).astype(np.uint8))
 
-    def _both(self, path: Path, size: tuple[int, int] = SIZE, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(read_set([path], size=size, channels=3, quickly=quickly, **settings)[0].int()
+    def _both(self, path: Path, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(read_set([path], size=self.SIZE, channels=3, quickly=quickly, **settings)[0].int()
                      for quickly in (False, True))
 
     @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": "turned"}])

@@ -182,7 +182,7 @@ def read_set(
     if not paths:
         raise InTraError("expected at least one image, found none; run `intra check-data` on the folder")
 
-    least = _least(size) if quickly and box is None else None
+    least = _least(size, box) if quickly else None
 
     def work(path: Path) -> Tensor | UnreadableError:
         try:
@@ -198,11 +198,10 @@ def read_set(
         if isinstance(result, UnreadableError):
             failed.append(f"{paths[index]} ({result.reason})")
             continue
-        is_alike = result.dtype == images.dtype
-        if not is_alike:  # the first float image of the set, or an 8-bit one after it
-            images = to_unit(images)
+        if result.dtype != torch.uint8:
+            images = to_unit(images)  # once: floats pass
         # by NumPy: a thread of torch's would wait for more, and slow the decoding
-        images[index].numpy()[...] = (result if is_alike else to_unit(result)).numpy()
+        images[index].numpy()[...] = (result if images.dtype == torch.uint8 else to_unit(result)).numpy()
     if failed:
         raise InTraError(f"{len(failed)} of {len(paths)} images cannot be used: {listed(failed)}; replace or remove "
                          "them; `intra check-data` lists everything that is wrong")
@@ -211,14 +210,16 @@ def read_set(
 
 def is_read_quickly(path: Path, *, size: tuple[int, int], box: Box | None = None) -> bool:
     """Whether `read_set` decodes a part of the file's pixels alone, if it may. Raises UnreadableError."""
-    if box is not None:
+    least = _least(size, box)
+    if least is None:
         return False
     with opened(path) as file:
-        return part_that_suffices(file, _least(size)) > 1
+        return part_that_suffices(file, least) > 1
 
 
-def _least(size: tuple[int, int]) -> tuple[int, int]:
-    return LEAST_SIDES * size[0], LEAST_SIDES * size[1]
+def _least(size: tuple[int, int], box: Box | None) -> tuple[int, int] | None:
+    """Height and width that suffice of a JPEG; None: all of it, as a box is cut out in whole px."""
+    return (LEAST_SIDES * size[0], LEAST_SIDES * size[1]) if box is None else None
 
 
 def auto_image_size(

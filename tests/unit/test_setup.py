@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from intra.inspection.setup import LEAST_GOOD, Setup, _laid_back, _warped, measurements
+from intra.inspection.setup import LEAST_GOOD, Setup, _laid_back, _places, _warped, measurements
 
 SIDE = 96
 
@@ -111,8 +111,8 @@ def test_laying_back_undoes_a_pose(shape: tuple[int, int, int]) -> None:
     coarse = noise(1, shape[0], 5, 5, seed=2)
     smooth = F.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)[0].clamp(0, 1)
     pose = torch.tensor([[0.03, -0.02, 0.04, -0.05], [-0.02, 0.03, -0.03, 0.04]])
-    back = _laid_back(_warped(smooth, pose), pose)
-    assert (_warped(smooth, pose) - smooth)[:, :, 16:-16, 16:-16].abs().max() > 0.05
+    back = _laid_back(_warped(smooth, _places(smooth), pose), pose)
+    assert (_warped(smooth, _places(smooth), pose) - smooth)[:, :, 16:-16, 16:-16].abs().max() > 0.05
     assert (back - smooth)[:, :, 16:-16, 16:-16].abs().max() < 0.01
 
 
@@ -132,6 +132,17 @@ def test_two_sets_are_one() -> None:
     for part in ("mean", "centre", "spread"):
         torch.testing.assert_close(getattr(one, part), getattr(other, part))
     assert one.scores == pytest.approx(other.scores, rel=1e-3)
+
+
+def test_of_many_photos_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced over all sets, of which one may have none."""
+    photos = good(43, seed=0)
+    monkeypatch.setattr("intra.inspection.setup.MOST_GOOD", 15)
+    found = Setup.of(photos[:13], photos[13:14], photos[14:])
+    expected = Setup.of(photos[::3])
+    assert len(found.scores) == 15
+    for part in ("mean", "centre", "spread"):
+        torch.testing.assert_close(getattr(found, part), getattr(expected, part))
 
 
 def test_uint8_is_float(setup: Setup) -> None:

@@ -6,7 +6,7 @@ registration against the mean good photo that gives odd places little weight. Wh
 cross-fitted, without the network, so every good photo counts, also those that trained it. docs/decisions/0011-trust.md
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ LEAST_THRESHOLD = 3.0  # in spreads, which are at least what nobody would call a
 NUM_FOLDS = 10
 CHUNK = 8  # photos at a time
 LEAST_GOOD = 10  # photos: the spread of fewer says little
+MOST_GOOD = 1000  # photos: more say the same, and each takes 3 ms
 MEAN_SIDE = 64  # px: the longer side of the mean photo
 CLASSES = 4  # of brightness: a gamma moves the dark, an exposure the bright
 ENERGY_GRID = (32, 32)  # cells, over which sharpness is a median
@@ -69,14 +70,14 @@ class Setup:
 
     @classmethod
     def of(cls, *sets: Shaped[Tensor, "_ c h w"]) -> "Setup":
-        """From sets of good photos, uint8 or float in [0, 1], together at least LEAST_GOOD; each fold of all is held
-        against the others.
+        """From sets of good photos, uint8 or float in [0, 1], together at least LEAST_GOOD, of which MOST_GOOD evenly
+        spaced ones are looked at; each fold of them is held against the others.
         """
-        count = sum(len(photos) for photos in sets)
-        if count < LEAST_GOOD:
-            raise ValueError(f"{count} good photos; expected at least {LEAST_GOOD}")
-        seen = [(_small(photos), _sharpness(photos)) for photos in (
-            to_unit(chunk) for each in sets for chunk in each.split(CHUNK))]
+        given = sum(len(photos) for photos in sets)
+        if given < LEAST_GOOD:
+            raise ValueError(f"{given} good photos; expected at least {LEAST_GOOD}")
+        count = min(given, MOST_GOOD)
+        seen = [(_small(photos), _sharpness(photos)) for photos in _chosen(sets, given, count)]
         small, sharpness = (torch.cat(parts) for parts in zip(*seen, strict=True))
         fold = torch.arange(count, device=small.device) % min(NUM_FOLDS, count)
         found = small.new_zeros(count, _num_measurements(small.shape[1]))
@@ -144,6 +145,17 @@ class Setup:
         return "brighter" if most > 0 else "darker"
 
 
+def _chosen(sets: Sequence[Shaped[Tensor, "_ c h w"]], given: int, count: int) -> Iterator[Float[Tensor, "_ c h w"]]:
+    """Some of the photos of all sets, evenly spaced, a few at a time, in [0, 1]."""
+    places = torch.linspace(0, given - 1, count).round().long()
+    first = 0
+    for photos in sets:
+        inside = places[(places >= first) & (places < first + len(photos))] - first
+        for start in range(0, len(inside), CHUNK):
+            yield to_unit(photos[inside[start : start + CHUNK].to(photos.device)])
+        first += len(photos)
+
+
 def _pose_word(away: Float[Tensor, " 4"]) -> str:
     oddest = int(away.abs().argmax())
     return POSES[oddest][0 if away[oddest] > 0 else 1]
@@ -158,7 +170,7 @@ def _held_against(
     mean: Float[Tensor, "c i j"], small: Float[Tensor, "b c i j"], sharpness: Float[Tensor, "b 2"]
 ) -> Float[Tensor, "b q"]:
     pose = _poses(small.mean(1), mean.mean(0))
-    return torch.cat([_tones(small, _warped(mean, pose)), sharpness, pose], dim=1)
+    return torch.cat([_tones(small, _warped(mean, _places(mean), pose)), sharpness, pose], dim=1)
 
 
 def _small(photos: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
@@ -206,17 +218,19 @@ def _poses(photos: Float[Tensor, "b i j"], mean: Float[Tensor, "i j"]) -> Float[
     for level in LEVELS:
         size = _fitting((mean.shape[0], mean.shape[1]), level)
         image, template = F.adaptive_avg_pool2d(photos, size), F.adaptive_avg_pool2d(mean[None], size)[0]
+        places = _places(template)
         for _ in range(STEPS):
-            pose = pose + _pose_step(image, template, pose)
+            pose = pose + _pose_step(image, template, places, pose)
     return pose
 
 
 def _pose_step(
-    image: Float[Tensor, "b i j"], template: Float[Tensor, "i j"], pose: Float[Tensor, "b 4"]
-) -> Float[Tensor, "b 4"]:
+    image: Float[Tensor, "b i j"], template: Float[Tensor, "i j"], places: Float[Tensor, "2 i j"],
+    pose: Float[Tensor, "b 4"],
+) -> Float[Tensor, "b 4"]:  # fmt: skip
     """One step of Gauss and Newton."""
-    y, x = (part - moved[:, None, None] for part, moved in zip(_places(template), pose.unbind(1), strict=False))
-    warped = _warped(template[None], pose)[:, 0]
+    y, x = (places - pose[:, :2, None, None]).unbind(1)
+    warped = _warped(template[None], places, pose)[:, 0]
     inner = F.pad(warped[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     longer = max(template.shape)
     by_y = (inner[:, 2:, 1:-1] - inner[:, :-2, 1:-1]) * longer / 2
@@ -233,13 +247,14 @@ def _pose_step(
     return step.clamp(-LARGEST_STEP, LARGEST_STEP)
 
 
-def _warped(template: Float[Tensor, "c i j"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c i j"]:
+def _warped(
+    template: Float[Tensor, "c i j"], places: Float[Tensor, "2 i j"], pose: Float[Tensor, "b 4"]
+) -> Float[Tensor, "b c i j"]:
     """The template as it lies in each pose, the border repeated."""
-    down, right, scale, angle = (part[:, None, None] for part in pose.unbind(1))
-    y, x = _places(template)
+    scale, angle = pose[:, 2:, None, None].unbind(1)
+    y, x = (places - pose[:, :2, None, None]).unbind(1)
     cos, sin = angle.cos() / scale.exp(), angle.sin() / scale.exp()
-    from_y, from_x = (y - down) * cos - (x - right) * sin, (y - down) * sin + (x - right) * cos
-    return _sampled(template.expand(len(pose), -1, -1, -1), from_y, from_x, mode="bilinear")
+    return _sampled(template.expand(len(pose), -1, -1, -1), y * cos - x * sin, y * sin + x * cos, mode="bilinear")
 
 
 def _laid_back(photos: Float[Tensor, "b c h w"], pose: Float[Tensor, "b 4"]) -> Float[Tensor, "b c h w"]:
@@ -260,13 +275,12 @@ def _sampled(
     return F.grid_sample(pictures, where, mode=mode, padding_mode="border", align_corners=False)
 
 
-def _places(template: Float[Tensor, "*c i j"]) -> tuple[Float[Tensor, "i j"], Float[Tensor, "i j"]]:
+def _places(template: Float[Tensor, "*c i j"]) -> Float[Tensor, "2 i j"]:
     """Down and right of each pixel from the middle of the picture, in longer sides."""
     height, width = template.shape[-2:]
     rows, cols = ((torch.arange(side, device=template.device) - (side - 1) / 2) / max(height, width)
                   for side in (height, width))
-    down, right = torch.meshgrid(rows, cols, indexing="ij")
-    return down, right
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
 
 
 def _typical(found: Float[Tensor, "n q"]) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:

@@ -5,7 +5,7 @@ are hidden are replaced by one learned vector and inpainted from the others. The
 *token* read-out and windows of any shape give the lattice variant (docs/decisions/0001-lattice.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"], places: Int[Tensor, " h"] | None = None) -> Float[Tensor, "*t d"]:
         """The tokens, each a mixture of all; with `places` only those, where all lie in a row, (H, D)."""
         query, key, value = (  # (B, heads, T, width)
-            part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self._projected(x)
         )
         scale = query.shape[-1] ** -0.5
         if _fused_is_faster(query):
@@ -52,6 +52,14 @@ class Attention(nn.Module):
             mixed = torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1) @ value  # (B, heads, T, width)
         mixed = mixed.transpose(1, 2).flatten(-2)  # (B, T, D)
         return self.proj(mixed if places is None else mixed.flatten(0, 1)[places])
+
+    def _projected(self, x: Float[Tensor, "b t d"]) -> Sequence[Float[Tensor, "b t _"]]:
+        """Queries, keys and values; where all are plain, by one product, but in graphs, whose layers stay apart."""
+        parts = self.query, self.key, self.value
+        if torch.compiler.is_compiling() or not all(isinstance(part, nn.Linear) for part in parts):
+            return [part(x) for part in parts]
+        weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+        return F.linear(x, weight, bias).chunk(3, dim=-1)
 
 
 class Block(nn.Module):

@@ -111,7 +111,7 @@ def detector_of(config: Config, device: str, region: Region | None = None, thres
         # all modes, which take hundreds of photos: their number decides the time
         parts = [replace(part, modes=torch.linalg.qr(torch.randn(part.mean.numel(), config.scoring.num_modes))[0]
                          .unflatten(0, part.mean.shape)) for part in few.parts]
-        distribution = PatchDistribution(describe, tuple(parts))
+        distribution = PatchDistribution(describe, tuple(parts), few.fine)
     return Detector(build(config.model), config, reference=reference, held_out_scores=[threshold] * 20, provenance={},
                     distribution=distribution, setup=Setup.of(pixels), region=region, device=device)
 

@@ -209,6 +209,9 @@ def nothing_in_common(info, tensors):
     lambda info, tensors: tensors.update({"model.pos_embed": tensors["model.pos_embed"].half()}),
     lambda info, tensors: tensors.update({"model.pos_embed": tensors["model.pos_embed"] * float("nan")}),
     lambda info, tensors: tensors.pop("model.head.bias"),
+    lambda info, tensors: tensors.pop("distribution.fine.mean"),
+    lambda info, tensors: tensors.update({"distribution.fine.mean": tensors["distribution.fine.mean"][1:]}),
+    lambda info, tensors: tensors["distribution.fine.spread"].zero_(),
 ])  # fmt: skip
 def test_a_forged_file_is_refused(run, detector, tmp_path, change):
     file = tmp_path / "model.safetensors"

@@ -62,8 +62,10 @@ def test_features_are_those_of_the_kept_cells(region):
     some = PatchFeatures.of(photos, scoring=scoring, seed=0, region=region)
     every = replace(some, cells=None)
     grids = 2 * [(4, 4), (4, 4), (2, 2), (2, 2)]  # each described twice
-    for one, other, grid in zip(some(photos, repaired), every(photos, repaired), grids, strict=True):
+    (*of_some, some_pixels), (*of_every, every_pixel) = some(photos, repaired), every(photos, repaired)
+    for one, other, grid in zip(of_some, of_every, grids, strict=True):
         assert torch.equal(one, other[region.cells(grid).kept])
+    assert torch.equal(some_pixels, every_pixel)  # where they differ is the region's business alone
 
 
 @pytest.mark.parametrize("scale", [1, 2])

@@ -26,6 +26,7 @@ from intra.inspection.distribution import PatchDistribution
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.inspection.model_file import (
     DISTRIBUTION_TENSORS,
+    FINE_TENSORS,
     FORMAT_VERSION,
     REGION_TENSORS,
     SETUP_TENSORS,
@@ -195,6 +196,8 @@ class Detector:
             tensors[f"distribution.filters.{index}"] = filters
         for index, part in enumerate(self.distribution.parts if self.distribution else ()):
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
+        if self.distribution and self.distribution.fine:
+            tensors |= {f"distribution.fine.{name}": getattr(self.distribution.fine, name) for name in FINE_TENSORS}
         if self.setup:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
         if self.region:

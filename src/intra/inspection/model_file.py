@@ -21,20 +21,23 @@ from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.distribution import (
     FEATURES_OF_A_FILTER,
     CellDistribution,
+    FineDistribution,
     PatchDistribution,
     PatchFeatures,
     cell_grids,
+    fine_size,
 )
 from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup
 
-__all__ = ["DISTRIBUTION_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSORS", "SETUP_TENSORS", "check_content",
-           "content_digest", "model_file", "read_model", "stored_distribution", "stored_region", "stored_setup",
-           "write_model"]
+__all__ = ["DISTRIBUTION_TENSORS", "FINE_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSORS", "SETUP_TENSORS",
+           "check_content", "content_digest", "model_file", "read_model", "stored_distribution", "stored_region",
+           "stored_setup", "write_model"]
 
-FORMAT_VERSION = 7  # other versions are refused
+FORMAT_VERSION = 8  # other versions are refused
 MODEL_FILE = "model.safetensors"
 DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale, grid and description
+FINE_TENSORS = tuple(each.name for each in fields(FineDistribution))
 SETUP_TENSORS = ("mean", "centre", "spread")
 REGION_TENSORS = ("inside", "fill")
 
@@ -115,7 +118,13 @@ def stored_distribution(
         if not _are_sound([each, part.mean, part.std, part.modes, part.whitening]) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
-    return PatchDistribution(PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells), tuple(parts))
+    fine = FineDistribution(*(tensors.pop(f"distribution.fine.{name}") for name in FINE_TENSORS))
+    if fine.mean.shape != fine_size(model.image_size) or fine.spread.shape != fine.mean.shape:
+        raise ValueError("a fine distribution of another size than the image's")
+    if not _are_sound([fine.mean, fine.spread]) or not (fine.spread > 0).all():
+        raise ValueError("a fine distribution with numbers that are not finite, or not fp32")
+    describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells)
+    return PatchDistribution(describe, tuple(parts), fine)
 
 
 def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:

@@ -6,7 +6,7 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
-Beside the cells stands how much each pixel is repaired: what is smaller than a cell shows there.
+Beside the cells stands how much each pixel is repaired (fine.py): what is smaller than a cell shows there.
 docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md, 0019-divided.md,
 0021-fine.md
 """
@@ -14,7 +14,6 @@ docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,12 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
+from intra.inspection.fine import FineDistribution, pixels_apart
 from intra.inspection.region import Cells, Region, cells_of
-from intra.similarity import box_blur, reduced
+from intra.similarity import reduced
 
-__all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "FineDistribution", "GoodPatches", "PatchDistribution",
-           "PatchFeatures", "cell_grids", "fine_size"]
+__all__ = ["FEATURES_OF_A_FILTER", "CellDistribution", "GoodPatches", "PatchDistribution", "PatchFeatures",
+           "cell_grids"]
 
 PIECE_SIDE = 8  # px of the reduced photo: side of the pieces whose principal components are the filters
 STEP = 2  # px of the photo from one response to the next: the first components are smooth, so that none is missed
@@ -47,10 +47,6 @@ ROBUST_STEPS = 2
 FEWEST_CELLS = 4  # of a grid
 TINY_SHARE = 1e-6  # below that of one cell in a grid
 USUAL_EVIDENCE = math.log(2)  # log(1 + distance) of a good cell, whose distance is about 1
-FINE_SCALE = 2  # by which photo and repaired image are reduced, to be compared pixel by pixel
-FINE_BLUR = 3  # of those pixels
-FINE_FLOOR = 0.5  # share of the median spread that is added: a few images estimate a small spread badly
-MOST_FINE = 2.0  # evidence that a pixel has at most: a cell may have far more, so that it decides what is a defect
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.7, 1.0)  # of a place's covariance towards the mean of all places'
 DIAGONAL_SHARE = 0.01  # of the diagonal of that mean, added to every place's covariance
 LEAST_VARIANCE = 1e-4  # of a feature, all about 1: for places where good images do not differ at all
@@ -64,7 +60,7 @@ class PatchFeatures:
     image changes. Then by these and the photo's mean response. Energy: the mean size of a filter's responses in the
     cell. Without a repaired image its feature is left out.
 
-    With one, each pixel is described as well: how far photo and repaired image, reduced by FINE_SCALE, lie apart.
+    With one, pixels are described as well: fine.py.
     """
 
     scales: tuple[int, ...]  # factors by which the images are reduced
@@ -96,8 +92,7 @@ class PatchFeatures:
             of_each = [cells for cells in self.cells for _ in FEATURES_OF_A_FILTER] * len(self.scales)
             found = [each.index_select(0, cells.kept) for each, cells in zip(found, of_each, strict=True)]
         if repaired is not None:
-            apart = (reduced(photos, FINE_SCALE) - reduced(repaired, FINE_SCALE)).abs().mean(1)
-            found.append(apart.permute(1, 2, 0))
+            found.append(pixels_apart(photos, repaired))
         return found
 
     def to(self, device: torch.device) -> "PatchFeatures":
@@ -133,20 +128,6 @@ class CellDistribution:
 
 
 @dataclass(frozen=True)
-class FineDistribution:
-    """How far photos and repaired images of good parts lie apart at each pixel, reduced by FINE_SCALE."""
-
-    mean: Float[Tensor, "h2 w2"]
-    spread: Float[Tensor, "h2 w2"]  # standard deviation on new images
-
-    def evidence(self, apart: Float[Tensor, "h2 w2 b"]) -> Float[Tensor, "b 1 h2 w2"]:
-        """0 to MOST_FINE; half of that at the distance that pixels of good images have in the mean."""
-        away = (apart.permute(2, 0, 1) - self.mean) / self.spread
-        distance = box_blur(away.square(), FINE_BLUR)
-        return (MOST_FINE * distance / (1 + distance))[:, None]
-
-
-@dataclass(frozen=True)
 class PatchDistribution:
     """What describes images, and the Gaussian of each of the features that it gives."""
 
@@ -166,7 +147,7 @@ class PatchDistribution:
     def evidence_of(self, features: Sequence[Float[Tensor, "_ _ b"]], size: tuple[int, int]
                     ) -> Float[Tensor, "b h w"]:  # fmt: skip
         """The same from what `describe` made of images of that height and width."""
-        of_cells = features[: len(self.parts)]
+        of_cells, of_pixels = features[: len(self.parts)], features[len(self.parts) :]
         found = [part.distances(each).log1p() for part, each in zip(self.parts, of_cells, strict=True)]
         num_grids = len(self.describe.grids)
         over = [first + second for first, second in zip(found[::2], found[1::2], strict=True)]  # both descriptions
@@ -178,14 +159,18 @@ class PatchDistribution:
         usual = USUAL_EVIDENCE * len(over[::num_grids]) * len(FEATURES_OF_A_FILTER)
         described = None if self.describe.cells is None else self.describe.cells[0].mask(self.describe.grids[0])
         total = torch.stack([smallest, *(_in_parts(each, smallest, usual, described) for each in large)]).sum(0)
-        maps = [total] if self.fine is None else [total, self.fine.evidence(features[-1])]
-        enlarged = [F.interpolate(each, size=size, mode="bilinear", align_corners=False) for each in maps]
-        return torch.cat(enlarged, dim=1).sum(1)
+        enlarged = F.interpolate(total, size=size, mode="bilinear", align_corners=False)[:, 0]
+        if self.fine is None:
+            return enlarged
+        (apart,) = of_pixels
+        found_by_pixels = self.fine.evidence(apart)
+        return enlarged + F.interpolate(found_by_pixels, size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
-        parts = (_moved(part, device) for part in self.parts)
-        return PatchDistribution(self.describe.to(device), tuple(parts), self.fine and _moved(self.fine, device))
+        parts = (CellDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
+                 for part in self.parts)
+        return PatchDistribution(self.describe.to(device), tuple(parts), self.fine and self.fine.to(device))
 
 
 class GoodPatches:
@@ -203,7 +188,7 @@ class GoodPatches:
         self.describe = describe
         count = len(describe.scales) * len(describe.grids) * len(FEATURES_OF_A_FILTER)
         self._moments = [_moments(each, num_modes) for each in features[:count]]
-        self._fine = _fine_moments(features[count]) if len(features) > count else None
+        self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of photos alone
 
     def fitted(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more
@@ -211,40 +196,14 @@ class GoodPatches:
         of all.
         """
         parts = []
-        of_cells = held_out[: len(self._moments)]
+        of_cells, of_pixels = held_out[: len(self._moments)], held_out[len(self._moments) :]
         for (mean, std, modes, covariance), unseen in zip(self._moments, of_cells, strict=True):
             left = _without(modes, (unseen - mean[..., None]) / std[:, None])
             spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
             parts.append(CellDistribution(mean, std, modes, _whitening(covariance * wider[:, None] * wider, left)))
-        return PatchDistribution(self.describe, tuple(parts), self._fitted_fine(held_out[-1]) if self._fine else None)
-
-    def _fitted_fine(self, unseen: Float[Tensor, "h2 w2 n"]) -> FineDistribution:
-        assert self._fine is not None
-        mean, spread = self._fine
-        distance = ((unseen - mean[..., None]) / spread[..., None]).square().mean()
-        return FineDistribution(mean, (spread * distance.sqrt()).clamp(min=LEAST_STD))
-
-
-def fine_size(image_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width at which an image's pixels are described.
-
-    >>> fine_size((256, 241))
-    (128, 121)
-    """
-    return -(-image_size[0] // FINE_SCALE), -(-image_size[1] // FINE_SCALE)
-
-
-def _moved(part: Any, device: torch.device) -> Any:
-    """A dataclass of tensors, on a device."""
-    return type(part)(*(getattr(part, each.name).to(device) for each in fields(part)))
-
-
-def _fine_moments(apart: Float[Tensor, "h2 w2 n"]) -> tuple[Float[Tensor, "h2 w2"], Float[Tensor, "h2 w2"]]:
-    """Mean and standard deviation; where good images do not differ at all, as outside a region, a little."""
-    std, mean = torch.std_mean(apart, dim=2, correction=0)
-    differing = std[std > 0]
-    return mean, std + FINE_FLOOR * (differing.median() if len(differing) else 0) + LEAST_STD
+        fine = [each.held_against(unseen) for each, unseen in zip(self._fine, of_pixels, strict=True)]
+        return PatchDistribution(self.describe, tuple(parts), *fine)
 
 
 def _in_parts(

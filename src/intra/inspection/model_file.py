@@ -21,12 +21,11 @@ from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.distribution import (
     FEATURES_OF_A_FILTER,
     CellDistribution,
-    FineDistribution,
     PatchDistribution,
     PatchFeatures,
     cell_grids,
-    fine_size,
 )
+from intra.inspection.fine import FineDistribution, fine_size
 from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup
 

@@ -3,7 +3,7 @@
 A defect is local; a lamp, a lens or a camera that moved changes everything. A few numbers describe a photo as a whole,
 each so that a defect on a small part of it hardly moves them: medians over brightness classes and over cells, and a
 registration against the mean good photo that gives odd places little weight. What they are for good photos is
-cross-fitted, without the network, so every good photo counts, also those that trained it. docs/decisions/0011-trust.md
+cross-fitted, without the network, so those photos count, too, that trained it. docs/decisions/0011-trust.md
 """
 
 from collections.abc import Iterator, Sequence

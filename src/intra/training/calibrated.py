@@ -58,7 +58,8 @@ def calibrated(
                                   kinds=kinds, scoring=scoring,
                                   refit=(lambda places: evidence(fitted(places))) if good else None,
                                   inside=region.inside.cpu() if region else None)
-    is_enough = len(training) + len(validation) >= LEAST_GOOD  # the network has no part in it: training images count too
+    # the network has no part in it: training images count too
+    is_enough = len(training) + len(validation) >= LEAST_GOOD
     setup = Setup.of(training, validation) if is_enough else None
     return Detector(model, config, reference=reference, held_out_scores=scores, provenance=provenance,
                     distribution=distribution, setup=setup, region=region, device=str(device))

@@ -65,7 +65,7 @@ def test_features_are_those_of_the_kept_cells(region):
     (*of_some, some_pixels), (*of_every, every_pixel) = some(photos, repaired), every(photos, repaired)
     for one, other, grid in zip(of_some, of_every, grids, strict=True):
         assert torch.equal(one, other[region.cells(grid).kept])
-    assert torch.equal(some_pixels, every_pixel)  # where they differ is the region's business alone
+    assert torch.equal(some_pixels, every_pixel)  # described everywhere
 
 
 @pytest.mark.parametrize("scale", [1, 2])

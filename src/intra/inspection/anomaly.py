@@ -12,7 +12,8 @@ from torch import Tensor
 from intra.config import ScoringConfig
 from intra.similarity import Difference, box_blur, multiscale_difference
 
-__all__ = ["Evidence", "Reference", "anomaly_map", "difference_map", "evidence_kinds", "image_score", "tails_of"]
+__all__ = ["SPREAD_FLOOR", "Evidence", "Reference", "anomaly_map", "difference_map", "evidence_kinds", "image_score",
+           "tails_of"]
 
 SPREAD_FLOOR = 0.5  # share of the median spread that is added: a few images estimate a small spread badly
 LEAST_SPREAD = 1e-4  # of difference maps in [0, 1]; where good images do not differ at all

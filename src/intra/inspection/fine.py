@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from intra.inspection.anomaly import SPREAD_FLOOR
 from intra.similarity import box_blur, reduced
 
 __all__ = ["FineDistribution", "fine_size", "pixels_apart"]
 
 SCALE = 2  # by which photo and repaired image are reduced
 BLUR = 3  # of those pixels
-SPREAD_FLOOR = 0.5  # share of the median spread that is added: a few images estimate a small spread badly
 LEAST_SPREAD = 1e-3  # pixels in [0, 1]: below the noise of any camera
 LEAST_MEAN = 1e-6  # of the difference: below that nothing was repaired, as outside a region of interest
 USUAL = 4.0  # squared distance, 1 in the mean of good pixels, up to which there is no evidence

@@ -188,6 +188,33 @@ def test_what_is_smaller_than_a_cell_shows_where_it_is(distribution):
     assert torch.allclose(of_all[32:], of_cells[32:], atol=1e-4)
 
 
+@pytest.mark.parametrize("left", [24, 25])
+def test_a_speck_at_the_border_of_a_region_has_the_evidence_of_one_inside(left):
+    """By pixels, whose own evidence is neither averaged with what lies outside nor enlarged into it."""
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    inside[:, left:] = True
+    region = Region(inside, torch.full((3, 64, 64), 128, dtype=torch.uint8))
+    scoring = replace(ScoringConfig(), num_filters=4)
+    good, held_out, photos = (region.shown(striped(count, seed=seed)) for count, seed in ((40, 0), (12, 50), (8, 70)))
+    describe = PatchFeatures.of(good, scoring=scoring, seed=0, region=region)
+
+    def features(images: torch.Tensor) -> list[torch.Tensor]:
+        return describe(images, region.shown(blurred(images)))
+
+    distribution = GoodPatches(describe, features(good), num_modes=4).fitted(features(held_out))
+
+    def by_pixels(column: int) -> float:
+        found = photos.clone()
+        found[..., 30:34, column : column + 4] += 0.12
+        repaired = region.shown(blurred(photos))
+        of_all, of_cells = (each.evidence(found, repaired)
+                            for each in (distribution, replace(distribution, fine=None)))
+        return float((of_all - of_cells)[:, 31:33, column].mean())  # of its left side
+
+    assert by_pixels(44) > 1
+    assert by_pixels(left) > 0.9 * by_pixels(44)
+
+
 def test_photos_alone_have_no_pixels_of_their_own():
     photos = striped(12)
     describe = described(photos, num_filters=4)

@@ -162,8 +162,8 @@ class PatchDistribution:
         enlarged = F.interpolate(total, size=size, mode="bilinear", align_corners=False)[:, 0]
         if self.fine is None:
             return enlarged
-        (apart,) = of_pixels
-        found_by_pixels = self.fine.evidence(apart)
+        assert of_pixels, "pixels that have a distribution are described"
+        found_by_pixels = self.fine.evidence(of_pixels[0])
         return enlarged + F.interpolate(found_by_pixels, size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def to(self, device: torch.device) -> "PatchDistribution":

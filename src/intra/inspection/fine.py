@@ -7,7 +7,7 @@ whose evidence has no bound, decides. docs/decisions/0021-fine.md
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from intra.inspection.anomaly import SPREAD_FLOOR
@@ -17,8 +17,9 @@ __all__ = ["FineDistribution", "fine_size", "pixels_apart"]
 
 SCALE = 2  # by which photo and repaired image are reduced
 BLUR = 3  # of those pixels
-LEAST_SPREAD = 1e-3  # pixels in [0, 1]: below the noise of any camera
+LEAST_SPREAD = 1e-5  # pixels in [0, 1]: below the noise of 12 bits in a file of 16
 LEAST_MEAN = 1e-6  # of the difference: below that nothing was repaired, as outside a region of interest
+LEAST_WEIGHT = 1e-3  # of such a pixel in the mean of BLUR x BLUR
 USUAL = 4.0  # squared distance, 1 in the mean of good pixels, up to which there is no evidence
 MOST = 2.0  # evidence
 
@@ -34,27 +35,36 @@ class FineDistribution:
     def of(cls, apart: Float[Tensor, "h2 w2 n"]) -> "FineDistribution":
         """Of good images, which `pixels_apart` has described."""
         std, mean = torch.std_mean(apart, dim=2, correction=0)
-        repaired = std[mean > LEAST_MEAN]
-        floor = SPREAD_FLOOR * repaired.median() if len(repaired) else 0
+        floor = SPREAD_FLOOR * std[_compared(mean)].median()
         return cls(mean, std + floor + LEAST_SPREAD)
 
     def held_against(self, apart: Float[Tensor, "h2 w2 n"]) -> "FineDistribution":
-        """The spread scaled so that the squared distance of these other good images is 1 in the mean: those above were
-        trained on, and are repaired better than what is new.
+        """The spread scaled so that the mean squared distance of these other good images is 1 for the median one: those
+        above were trained on, and are repaired better than what is new. The median, lest one odd image hide what is
+        small in all that come.
         """
-        distance = ((apart - self.mean[..., None]) / self.spread[..., None]).square().mean(2)
-        repaired = distance[self.mean > LEAST_MEAN]
-        scale = repaired.mean().sqrt() if len(repaired) else 1
+        distance = ((apart - self.mean[..., None]) / self.spread[..., None]).square()
+        scale = distance[_compared(self.mean)].mean(0).quantile(0.5).sqrt()
         return FineDistribution(self.mean, (scale * self.spread).clamp(min=LEAST_SPREAD))
 
     def evidence(self, apart: Float[Tensor, "h2 w2 b"]) -> Float[Tensor, "b 1 h2 w2"]:
-        """0 for what is usual, below MOST for anything."""
-        distance = box_blur(((apart.permute(2, 0, 1) - self.mean) / self.spread).square(), BLUR)
-        return (MOST * (distance - USUAL).clamp(min=0) / (distance + USUAL))[:, None]
+        """0 for most of what is usual, MOST for whatever is far from it. Around a pixel those that are repaired count;
+        just outside a region of interest they are its border's, lest that be diluted when the map is enlarged.
+        """
+        weight = (self.mean > LEAST_MEAN).float().clamp(min=LEAST_WEIGHT)[None]
+        distance = ((apart.permute(2, 0, 1) - self.mean) / self.spread).square()
+        distance = box_blur(weight * distance, BLUR) / box_blur(weight, BLUR)
+        return (MOST * (1 - 2 * USUAL / (distance + USUAL)).clamp(min=0))[:, None]
 
     def to(self, device: torch.device) -> "FineDistribution":
         """The same on a device."""
         return FineDistribution(self.mean.to(device), self.spread.to(device))
+
+
+def _compared(mean: Float[Tensor, "h2 w2"]) -> Bool[Tensor, "h2 w2"]:
+    """The pixels that are repaired at all; where none is, all."""
+    repaired = mean > LEAST_MEAN
+    return repaired | ~repaired.any()
 
 
 def pixels_apart(photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"]) -> Float[Tensor, "h2 w2 b"]:

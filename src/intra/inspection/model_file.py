@@ -121,7 +121,7 @@ def stored_distribution(
     if fine.mean.shape != fine_size(model.image_size) or fine.spread.shape != fine.mean.shape:
         raise ValueError("a fine distribution of another size than the image's")
     if not _are_sound([fine.mean, fine.spread]) or not (fine.spread > 0).all():
-        raise ValueError("a fine distribution with numbers that are not finite, or not fp32")
+        raise ValueError("a fine distribution with numbers that are not finite, not fp32, or not above 0")
     describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells)
     return PatchDistribution(describe, tuple(parts), fine)
 

@@ -373,7 +373,8 @@ def _models(folder: Path) -> dict[str, bytes]:
     from intra.config import preset
     from intra.inspection.anomaly import Reference, evidence_kinds
     from intra.inspection.detector import Detector
-    from intra.inspection.distribution import GoodPatches, PatchFeatures
+    from intra.inspection.distribution import GoodPatches
+    from intra.inspection.features import PatchFeatures
     from intra.models import build
     from intra.training.checkpoint import Progress, save_checkpoint
 

@@ -30,7 +30,8 @@ from intra.config import preset
 from intra.data.folder import find_categories
 from intra.data.images import auto_channels, read_info, read_set, to_unit
 from intra.inspection.calibration import Threshold, calibrate, choose_threshold
-from intra.inspection.distribution import GoodPatches, PatchFeatures
+from intra.inspection.distribution import GoodPatches
+from intra.inspection.features import PatchFeatures
 
 SCORING = preset("fast").scoring
 KINDS = ("distribution",)

@@ -37,7 +37,8 @@ from intra.geometry import covering_windows, patchify
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.detector import Detector
 from intra.inspection.device import autocast, uses_bf16
-from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
+from intra.inspection.distribution import GoodPatches, PatchDistribution
+from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
 from intra.inspection.setup import Setup
 from intra.models import build

@@ -46,10 +46,13 @@ def measured_on() -> dict[str, str | None]:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system tells it, with family and model, as some share a name over generations."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        if "model name" in told:
+            numbers = [f"{label} {told[key]}" for label, key in (("family", "cpu family"), ("model", "model"))
+                       if key in told]
+            return f"{told['model name']} ({', '.join(numbers)})" if numbers else told["model name"]
     return platform.processor() or platform.machine()

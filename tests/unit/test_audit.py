@@ -13,7 +13,7 @@ import intra
 from intra.config import preset
 from intra.errors import InTraError
 from intra.inspection.audit import _cross_fitted, audit_photos
-from intra.inspection.distribution import PatchFeatures
+from intra.inspection.features import PatchFeatures
 
 SCORING = preset("fast").scoring
 

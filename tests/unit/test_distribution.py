@@ -9,17 +9,8 @@ from scipy.stats import multivariate_normal
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import (
-    SHRINKAGES,
-    GoodPatches,
-    PatchFeatures,
-    _in_parts,
-    _moments,
-    _random_pieces,
-    _whitening,
-    _without,
-    cell_grids,
-)
+from intra.inspection.distribution import SHRINKAGES, GoodPatches, _in_parts, _moments, _whitening, _without
+from intra.inspection.features import PatchFeatures, _random_pieces, cell_grids
 from intra.inspection.region import Region
 
 

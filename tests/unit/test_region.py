@@ -12,7 +12,7 @@ from intra.data.roi import roi_box, save_roi
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, anomaly_map, tails_of
 from intra.inspection.calibration import calibrate
-from intra.inspection.distribution import PatchFeatures
+from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
 
 SCORING = ScoringConfig(deviation="none", reference="validation", distribution_weight=1.0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from intra.config import ScoringConfig
 from intra.data.images import to_unit
-from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
+from intra.inspection.distribution import GoodPatches, PatchDistribution
+from intra.inspection.features import PatchFeatures
 
 __all__ = ["Audit", "audit_photos"]
 

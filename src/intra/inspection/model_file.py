@@ -18,13 +18,8 @@ from intra.config import Config
 from intra.data.files import write_atomically
 from intra.errors import InTraError
 from intra.inspection.anomaly import Reference, evidence_kinds
-from intra.inspection.distribution import (
-    FEATURES_OF_A_FILTER,
-    CellDistribution,
-    PatchDistribution,
-    PatchFeatures,
-    cell_grids,
-)
+from intra.inspection.distribution import CellDistribution, PatchDistribution
+from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures, cell_grids
 from intra.inspection.fine import FineDistribution, fine_size
 from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup

@@ -13,7 +13,8 @@ from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import calibrate
 from intra.inspection.detector import Detector, repair
 from intra.inspection.device import in_chunks
-from intra.inspection.distribution import GoodPatches, PatchDistribution, PatchFeatures
+from intra.inspection.distribution import GoodPatches, PatchDistribution
+from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
 from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.training.engine import IMAGES_PER_CHUNK

@@ -2,12 +2,13 @@
 
     python benchmarks/speed.py --out benchmarks/results/speed/NAME [--device cpu] [--against OTHER/speed.json]
 
-For each preset: a step of training (its own batch), and inspection from decoded photo to verdict, one photo at a time
-and in batches: good ones, whole and where a region of interest leaves two fifths of them, and defective ones; beside
-them the naive loop, which hides one patch, runs the network on its window in fp32, and takes the next, and plain eager
-fp32. Weights are random: the time does not depend on them. FLOPs are those of matrix products and convolutions, counted
-by torch. The peak is that of a large matrix product in the same precision, measured in the same process just before, so
-that shares compare between noisy machines. Each row has a process of its own; its memory is the highest resident size.
+For each preset: a step of training (its own batch), beside it in plain eager fp32, and inspection from decoded photo to
+verdict, one photo at a time and in batches: good ones, whole and where a region of interest leaves two fifths of them,
+and defective ones; beside them the naive loop, which hides one patch, runs the network on its window in fp32, and takes
+the next, and plain eager fp32. Weights are random: the time does not depend on them. FLOPs are those of matrix products
+and convolutions, counted by torch; GB what all operations read and write, each as if nothing were cached. The peak is
+that of a large matrix product in the same precision, measured in the same process just before, so that shares compare
+between noisy machines. Each row has a process of its own; its memory is the highest resident size.
 With --against, rows whose speed fell by more than a fifth, measured by the peak, are named, and the exit code is 1.
 """
 
@@ -27,6 +28,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import intra
@@ -75,6 +79,7 @@ class Row:
     share_of_peak: float
     memory_mib: float
     map_off: float | None = None  # of bf16: the largest difference of the map from that in fp32
+    gbyte: float | None = None  # of one image or step; None: measured before it was counted
 
     @property
     def name(self) -> str:
@@ -159,6 +164,29 @@ def counted(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
+class BytesMoved(TorchDispatchMode):
+    """Sums the bytes that operations read and write; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
+            self.total += sum(each.numel() * each.element_size() for each in tensors)
+        return out
+
+
+def copy_bandwidth() -> float:
+    """GB/s that a copy of what no cache holds reads and writes: the best of several."""
+    source, target = torch.zeros(2**26), torch.empty(2**26)
+    target.copy_(source)
+    cpu = torch.device("cpu")
+    return 2 * source.nbytes / min(synchronised(cpu, lambda: target.copy_(source)) for _ in range(10)) / 1e9
+
+
 def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: int) -> Row:
     """Measured in this process."""
     device = torch.device(device_name)
@@ -190,12 +218,14 @@ def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: i
               else peak_memory_mib() or math.nan)
     per = 1 if task == "training" else items
     gflop = counted(work) * factor / per
+    with BytesMoved() as moved:
+        work()
     if task == "inspection" and way in ("as shipped", "bf16") and precision == "bf16":
         map_off = off_by(detector, config, arrays[0])
     scale = 1000 * factor / per
     return Row(task, name, way, items if task == "training" else batch, precision, first * scale, p50 * scale,
                times[min(len(times) - 1, int(0.95 * len(times)))] * scale, items / (p50 * factor), gflop, best,
-               gflop / (p50 * factor / per) / best, memory, map_off)
+               gflop / (p50 * factor / per) / best, memory, map_off, moved.total * factor / per / 1e9)
 
 
 def off_by(detector: Detector, config: Config, array: np.ndarray) -> float:
@@ -240,10 +270,11 @@ def naive(config: Config, device: torch.device) -> tuple[Callable[[], object], f
 def table(rows: list[Row]) -> str:
     """What the documents show."""
     lines = ["| task | preset | way | batch | precision | first, ms | p50, ms | p95, ms | images/s | GFLOP | share of "
-             "the peak | memory, MiB | map off by |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+             "the peak | GB | memory, MiB | map off by |", "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {each.task} | {each.preset} | {each.way} | {each.batch} | {each.precision} | {each.first_ms:,.0f} | "
               f"{each.p50_ms:,.0f} | {each.p95_ms:,.0f} | {each.images_per_s:.3g} | {each.gflop:,.1f} | "
-              f"{each.share_of_peak:.0%} of {each.peak_gflop_per_s:,.0f} | {each.memory_mib:,.0f} | "
+              f"{each.share_of_peak:.0%} of {each.peak_gflop_per_s:,.0f} | "
+              f"{'' if each.gbyte is None else f'{each.gbyte:.2g}'} | {each.memory_mib:,.0f} | "
               f"{'' if each.map_off is None else f'{each.map_off:.2g}'} |" for each in rows]
     return "\n".join(lines)
 
@@ -251,7 +282,8 @@ def table(rows: list[Row]) -> str:
 def hardware(device: str) -> dict[str, Any]:
     """The machine, and the code."""
     return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "commit": commit_of_the_code(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "copy_gb_per_s": alone(copy_bandwidth), "commit": commit_of_the_code(),
             "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
 
 
@@ -278,7 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--presets", default="fast,paper")
+    parser.add_argument("--presets", default="fast,quality,paper")
     parser.add_argument("--repeats", type=int, default=7,
                         help="of each row; on a CPU those of `paper` but the naive loop are timed once")
     parser.add_argument("--against", type=Path)
@@ -287,10 +319,10 @@ def main() -> int:
     rows = []
     for name in arguments.presets.split(","):
         slow = name == "paper" and arguments.device == "cpu"
-        cases = [("training", "as shipped", 0), ("inspection", "naive loop", 1), ("inspection", "fp32", 1),
-                 *(("inspection", way, batch) for way in SHIPPED for batch in batches)]
-        if slow:  # a step of 256 windows takes minutes, an image half of one
-            cases = [("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
+        cases = [("training", "as shipped", 0), ("training", "fp32", 0), ("inspection", "naive loop", 1),
+                 ("inspection", "fp32", 1), *(("inspection", way, batch) for way in SHIPPED for batch in batches)]
+        if slow:  # a step of 256 windows takes half a minute, an image ten seconds
+            cases = [("training", "as shipped", 0), ("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
             cases += [("inspection", "bf16", 1)] * uses_bf16(torch.device("cpu"), "auto")
         elif arguments.device != "cpu" and preset(name).scoring.precision == "fp32":
             cases += [("inspection", "bf16", batch) for batch in batches]

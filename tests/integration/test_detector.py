@@ -16,10 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
-from intra.data.images import to_unit
+from intra.data.folder import find_category
+from intra.data.images import prepare, read_image, to_unit
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import FORMAT_VERSION, content_digest
+from intra.training.calibrated import calibrated
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,27 @@ def test_an_untouched_copy_made_the_same_way_is_loaded(run, detector, tmp_path):
     file.write_bytes(run.model_path.read_bytes())
     forged(detector, file, lambda info, tensors: None)
     assert Detector.load(file).threshold == detector.threshold
+
+
+def test_without_evidence_of_pixels_there_is_none(run, photos, detector, tests, tmp_path):
+    """Learnt and stored: by the same network, cells say what they said."""
+    config = replace(detector.config, scoring=replace(detector.config.scoring, pixel_evidence=False))
+    category = find_category(photos / "gear")
+    training, held_out = (torch.stack([to_unit(prepare(read_image(path), size=config.model.image_size,
+                                                       channels=config.model.channels)) for path in paths])
+                          for paths in (category.train[8:], category.train[:8]))
+    cells, both = (calibrated(detector.model, each, training, held_out, detector.provenance, detector.device, None)
+                   for each in (config, detector.config))
+    assert cells.distribution.fine is None and both.distribution.fine is not None
+    for one, other in zip(cells.distribution.parts, both.distribution.parts, strict=True):
+        assert torch.equal(one.whitening, other.whitening)
+    cells.save(tmp_path / "model.safetensors")
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "fine" in name]
+    loaded = Detector.load(tmp_path / "model.safetensors")
+    broken = next(path for path in tests if path.parent.name == "missing_tooth")
+    of_cells = loaded.predict(broken).anomaly_map
+    assert np.allclose(of_cells, cells.predict(broken).anomaly_map, atol=1e-3)
+    assert 0.5 < (both.predict(broken).anomaly_map - of_cells).max() < 2.1
 
 
 def test_wrong_images_are_refused(detector, tmp_path):

@@ -206,6 +206,14 @@ def test_a_speck_at_the_border_of_a_region_has_the_evidence_of_one_inside(left):
     assert by_pixels(left) > 0.9 * by_pixels(44)
 
 
+def test_pixels_are_left_out_where_they_are_not_asked_for(distribution):
+    cells = fitted(striped(60), striped(12, seed=50), cell_sizes=(8, 16, 32), pixel_evidence=False)
+    photos = striped(4, seed=70)
+    assert cells.fine is None
+    assert torch.equal(cells.evidence(photos, blurred(photos)),
+                       replace(distribution, fine=None).evidence(photos, blurred(photos)))
+
+
 def test_photos_alone_have_no_pixels_of_their_own():
     photos = striped(12)
     describe = described(photos, num_filters=4)

@@ -196,7 +196,7 @@ class Detector:
             tensors[f"distribution.filters.{index}"] = filters
         for index, part in enumerate(self.distribution.parts if self.distribution else ()):
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
-        if self.distribution:
+        if self.distribution and self.distribution.fine:
             tensors |= {f"distribution.fine.{name}": getattr(self.distribution.fine, name) for name in FINE_TENSORS}
         if self.setup:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}

@@ -66,7 +66,7 @@ class PatchDistribution:
 
     describe: PatchFeatures
     parts: tuple[CellDistribution, ...]
-    fine: FineDistribution | None = None  # None: photos alone are described
+    fine: FineDistribution | None = None  # None: cells alone are described
 
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
@@ -121,7 +121,7 @@ class GoodPatches:
         self.describe = describe
         count = len(describe.scales) * len(describe.grids) * len(FEATURES_OF_A_FILTER)
         self._moments = [_moments(each, num_modes) for each in features[:count]]
-        self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of photos alone
+        self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of cells alone
 
     def fitted(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more

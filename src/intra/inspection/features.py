@@ -44,13 +44,14 @@ class PatchFeatures:
     image changes. Then by these and the photo's mean response. Energy: the mean size of a filter's responses in the
     cell. Without a repaired image its feature is left out.
 
-    With one, pixels are described as well: fine.py.
+    With one, pixels are described as well, where they are asked for: fine.py.
     """
 
     scales: tuple[int, ...]  # factors by which the images are reduced
     grids: tuple[tuple[int, int], ...]  # rows and cols of cells, the finest first
     filters: tuple[Float[Tensor, "m c k k"], ...]  # at each scale, of unit standard deviation over good photos
     cells: tuple[Cells, ...] | None = None  # of each grid, those that are described; None: all
+    pixels: bool = True
 
     @classmethod
     def of(
@@ -62,20 +63,20 @@ class PatchFeatures:
         grids = cell_grids((photos.shape[-2], photos.shape[-1]), scoring.cell_sizes)
         filters = tuple(_principal_filters(photos, scale, scoring.num_filters, seed, region)
                         for scale in scoring.distribution_scales)
-        return cls(scoring.distribution_scales, grids, filters, cells_of(region, grids))
+        return cls(scoring.distribution_scales, grids, filters, cells_of(region, grids), scoring.pixel_evidence)
 
     def __call__(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> list[Float[Tensor, "_ _ b"]]:
         """Of images and their repaired images in [0, 1], at each scale over each grid, both descriptions (cells, D, B),
-        then the pixels (rows, cols, B); with None the photos alone are described.
+        then the pixels (rows, cols, B), if asked for; with None the photos' cells alone are described.
         """
         found = [each for scale, filters in zip(self.scales, self.filters, strict=True)
                  for each in _features(photos, repaired, filters, scale, self.grids)]
         if self.cells is not None:
             of_each = [cells for cells in self.cells for _ in FEATURES_OF_A_FILTER] * len(self.scales)
             found = [each.index_select(0, cells.kept) for each, cells in zip(found, of_each, strict=True)]
-        if repaired is not None:
+        if self.pixels and repaired is not None:
             found.append(pixels_apart(photos, repaired))
         return found
 

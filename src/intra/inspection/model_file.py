@@ -112,13 +112,17 @@ def stored_distribution(
         if not _are_sound([each, part.mean, part.std, part.modes, part.whitening]) or not (part.std > 0).all():
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
+    describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells, scoring.pixel_evidence)
+    return PatchDistribution(describe, tuple(parts), _stored_fine(config, tensors) if scoring.pixel_evidence else None)
+
+
+def _stored_fine(config: Config, tensors: dict[str, Tensor]) -> FineDistribution:
     fine = FineDistribution(*(tensors.pop(f"distribution.fine.{name}") for name in FINE_TENSORS))
-    if fine.mean.shape != fine_size(model.image_size) or fine.spread.shape != fine.mean.shape:
+    if fine.mean.shape != fine_size(config.model.image_size) or fine.spread.shape != fine.mean.shape:
         raise ValueError("a fine distribution of another size than the image's")
     if not _are_sound([fine.mean, fine.spread]) or not (fine.spread > 0).all():
         raise ValueError("a fine distribution with numbers that are not finite, not fp32, or not above 0")
-    describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells)
-    return PatchDistribution(describe, tuple(parts), fine)
+    return fine
 
 
 def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:

@@ -5,7 +5,8 @@
 RUN is a run's folder, DATA the category that it was trained on, with tests. Each export is checked as `intra export`
 checks it; one that is refused is named with its reason. Then the same photos go through the run's own model and through
 every file, from reduced photo to anomaly map, one by one and in batches, each contender in turn, round after round, so
-that other work on the machine meets all alike. A time is the median over the rounds, on all cores.
+that other work on the machine meets all alike. A time is the median over the rounds, on all cores. The figures of
+quality are those of `intra evaluate` with each.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from intra.data.files import write_atomically
 from intra.data.folder import find_category
 from intra.data.images import prepare, read_image, to_unit
 from intra.deploy.export import SUFFIXES, TOLERANCES, ParityError, export
+from intra.evaluation.evaluate import evaluate_category
 from intra.inspection.detector import Detector
 from intra.inspection.device import uses_bf16
 from intra.provenance import commit_of_the_code, processor
 
 BATCHES = (1, 8)
+FIGURES = ("image_auroc", "pixel_auroc", "pixel_aupro")
 
 
 def exported(run: Path, data: Path, folder: Path) -> tuple[dict[str, Detector], dict[str, Any]]:
@@ -65,17 +68,27 @@ def times(contenders: dict[str, Detector], photos: torch.Tensor, rounds: int) ->
             for name, batches in samples.items()}
 
 
+def quality(contenders: dict[str, Detector], data: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """FIGURES of each contender on the category's test photos."""
+    category, found = find_category(data), {}
+    for name, detector in contenders.items():
+        results = evaluate_category(detector, category, out=folder / name, save_maps=False)
+        found[name] = {figure: results[figure] for figure in FIGURES}
+        print(name, found[name], flush=True)
+    return found
+
+
 def table(found: dict[str, Any]) -> str:
     """What the documents show."""
-    lines = ["| model | ms an image, single | in batches of 8 | file, MiB | largest map difference | image AUROC "
-             "before → after |", "|---|---|---|---|---|---|"]
+    lines = ["| model | ms an image, single | in batches of 8 | file, MiB | largest map difference | image AUROC | "
+             "pixel AUROC | AUPRO |", "|---|---|---|---|---|---|---|---|"]
     for name, speed in found["times"].items():
         check = found["checks"].get(name)
         ms = " | ".join(f"{speed[str(batch)]:.1f}" for batch in BATCHES)
-        lines.append(f"| {name} | {ms} | " + ("— | — | — |" if check is None else (
-            f"{check['size_mib']:.1f} | {check['largest_difference']:.1e} | {check['image_auroc_before']:.4f} → "
-            f"{check['image_auroc']:.4f} |")))
-    lines += [f"| {name} | refused: {check['refused']} | | | | |" for name, check in found["checks"].items()
+        checked = "— | —" if check is None else f"{check['size_mib']:.1f} | {check['largest_difference']:.1e}"
+        figures = " | ".join(f"{found['quality'][name][figure]:.4f}" for figure in FIGURES)
+        lines.append(f"| {name} | {ms} | {checked} | {figures} |")
+    lines += [f"| {name} | refused: {check['refused']} | | | | | | |" for name, check in found["checks"].items()
               if "refused" in check]
     return "\n".join(lines)
 
@@ -102,7 +115,8 @@ def main() -> None:
         photos = torch.stack([to_unit(prepare(read_image(path), size=config.image_size, channels=config.channels,
                                               box=box))
                               for path in paths])
-        found = {"times": times(contenders, photos, arguments.rounds), "checks": checks, "hardware": hardware(),
+        found = {"times": times(contenders, photos, arguments.rounds), "checks": checks,
+                 "quality": quality(contenders, arguments.data, Path(folder)), "hardware": hardware(),
                  "image_size": config.image_size, "rounds": arguments.rounds}
     write_atomically(arguments.out / "speed.json", json.dumps(found, indent=2) + "\n")
     write_atomically(arguments.out / "table.md", table(found) + "\n")

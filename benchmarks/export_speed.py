@@ -68,7 +68,7 @@ def times(contenders: dict[str, Detector], photos: torch.Tensor, rounds: int) ->
             for name, batches in samples.items()}
 
 
-def quality(contenders: dict[str, Detector], data: Path, folder: Path) -> dict[str, dict[str, float]]:
+def quality(contenders: dict[str, Detector], data: Path, folder: Path) -> dict[str, dict[str, float | None]]:
     """FIGURES of each contender on the category's test photos."""
     category, found = find_category(data), {}
     for name, detector in contenders.items():
@@ -86,7 +86,7 @@ def table(found: dict[str, Any]) -> str:
         check = found["checks"].get(name)
         ms = " | ".join(f"{speed[str(batch)]:.1f}" for batch in BATCHES)
         checked = "— | —" if check is None else f"{check['size_mib']:.1f} | {check['largest_difference']:.1e}"
-        figures = " | ".join(f"{found['quality'][name][figure]:.4f}" for figure in FIGURES)
+        figures = " | ".join("—" if value is None else f"{value:.4f}" for value in found["quality"][name].values())
         lines.append(f"| {name} | {ms} | {checked} | {figures} |")
     lines += [f"| {name} | refused: {check['refused']} | | | | | | |" for name, check in found["checks"].items()
               if "refused" in check]

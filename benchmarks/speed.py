@@ -58,6 +58,9 @@ NAIVE_WINDOWS = 4  # of the loop are timed; its time an image is theirs times th
 WORST_FALL = 0.2
 RING, DEFECT = "--roi, a ring", "a defect, repaired twice"
 SHIPPED = ("as shipped", RING, DEFECT)  # in the preset's own precision
+MOVE_NOTHING = ("_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
+                "new_empty_strided")
+WRITE_ONLY = ("copy_", "zero_", "fill_")  # of their first argument
 ALL_GOOD, ALL_DEFECTIVE = 1e9, 0.0  # thresholds
 
 
@@ -165,7 +168,7 @@ def counted(work: Callable[[], object]) -> float:
 
 
 class BytesMoved(TorchDispatchMode):
-    """Sums the bytes that operations read and write; views move none."""
+    """Sums the bytes that operations read and write. Views and allocations do neither."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,18 +176,28 @@ class BytesMoved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [each for each in tree_leaves((args, kwargs, out)) if isinstance(each, Tensor)]
-            self.total += sum(each.numel() * each.element_size() for each in tensors)
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in MOVE_NOTHING:
+            read = tensors_in((args[1:] if name in WRITE_ONLY else args, kwargs))
+            changed = [given for given, known in zip(args, func._schema.arguments, strict=False)
+                       if known.alias_info and known.alias_info.is_write]
+            written = {id(each): each for each in tensors_in((changed, out))}.values()
+            self.total += sum(min(each.numel() * each.element_size(), each.untyped_storage().nbytes())
+                              for each in (*read, *written))  # an expanded tensor is as large as what it repeats
         return out
 
 
-def copy_bandwidth() -> float:
+def tensors_in(values: Any) -> list[Tensor]:
+    """Of any nested lists, tuples and dicts."""
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def copy_bandwidth(device_name: str) -> float:
     """GB/s that a copy of what no cache holds reads and writes: the best of several."""
-    source, target = torch.zeros(2**26), torch.empty(2**26)
+    device = torch.device(device_name)
+    source, target = torch.zeros(2**26, device=device), torch.empty(2**26, device=device)
     target.copy_(source)
-    cpu = torch.device("cpu")
-    return 2 * source.nbytes / min(synchronised(cpu, lambda: target.copy_(source)) for _ in range(10)) / 1e9
+    return 2 * source.nbytes / min(synchronised(device, lambda: target.copy_(source)) for _ in range(10)) / 1e9
 
 
 def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: int) -> Row:
@@ -282,8 +295,7 @@ def table(rows: list[Row]) -> str:
 def hardware(device: str) -> dict[str, Any]:
     """The machine, and the code."""
     return {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "copy_gb_per_s": alone(copy_bandwidth), "commit": commit_of_the_code(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "commit": commit_of_the_code(),
             "python": platform.python_version(), "torch": torch.__version__, "intra": intra.__version__}
 
 
@@ -321,7 +333,7 @@ def main() -> int:
         slow = name == "paper" and arguments.device == "cpu"
         cases = [("training", "as shipped", 0), ("training", "fp32", 0), ("inspection", "naive loop", 1),
                  ("inspection", "fp32", 1), *(("inspection", way, batch) for way in SHIPPED for batch in batches)]
-        if slow:  # a step of 256 windows takes half a minute, an image ten seconds
+        if slow:  # a step of 256 windows takes half a minute, an image some seconds
             cases = [("training", "as shipped", 0), ("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
             cases += [("inspection", "bf16", 1)] * uses_bf16(torch.device("cpu"), "auto")
         elif arguments.device != "cpu" and preset(name).scoring.precision == "fp32":
@@ -330,7 +342,8 @@ def main() -> int:
             repeats = 1 if slow and way != "naive loop" else arguments.repeats
             rows.append(alone(row, task, name, way, batch, arguments.device, repeats))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    content = {"hardware": hardware(arguments.device), "side_px": SIDE, "rows": [asdict(each) for each in rows]}
+    content = {"hardware": hardware(arguments.device), "side_px": SIDE,
+               "copy_gb_per_s": alone(copy_bandwidth, arguments.device), "rows": [asdict(each) for each in rows]}
     write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")
     write_atomically(arguments.out / "table.md", table(rows) + "\n")
     print(content["hardware"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 __all__ = ["code_sha256", "commit_of_the_code", "measured_on", "processor"]
 
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @cache
 def code_sha256() -> str:
@@ -47,9 +49,8 @@ def measured_on() -> dict[str, str | None]:
 
 def processor() -> str:
     """The processor's name where the system tells it, with family and model, as some share a name over generations."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    if CPUINFO.is_file():
+        first = CPUINFO.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
         told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
         if "model name" in told:
             numbers = [f"{label} {told[key]}" for label, key in (("family", "cpu family"), ("model", "model"))

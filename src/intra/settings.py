@@ -200,7 +200,7 @@ class ScoringConfig:
     # px: sides of the cells at which the distribution is known; of a larger one an image holds at least four, or none
     cell_sizes: tuple[int, ...] = (8, 32)
     num_modes: int = 32  # at most: joint changes of all cells, such as light and pose, that a place is judged without
-    pixel_evidence: bool = True  # of single pixels as well, beside the cells'
+    pixel_evidence: bool = True  # of single pixels as well, where the distribution has a weight
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 

@@ -255,6 +255,20 @@ def test_a_strong_defect_of_a_small_place_hardly_moves_a_large_cell():
     assert large < small * 9 / 16  # a piece of 8 px reaches into at most nine of the 16 small cells
 
 
+def test_what_is_repaired_almost_as_it_was_is_told_to_rounding():
+    """White paper, of which a network changes a thousandth: as the difference of two large responses it would drown in
+    their rounding, another on each backend.
+    """
+    photos = (1 - 1e-3 * noise(4, 3, 64, 64)).float()
+    repaired = photos - 1e-3 * noise(4, 3, 64, 64, seed=1)
+    describe = described(striped(30), num_filters=8)
+    exact = replace(describe, filters=tuple(each.double() for each in describe.filters))
+    both = zip(describe(photos, repaired)[:-1:2], exact(photos.double(), repaired.double())[:-1:2], strict=True)
+    for found, expected in both:  # the first description of each: the photo's energies, then those of the change
+        of_change = slice(found.shape[1] // 2, None)
+        assert float((found - expected)[:, of_change].abs().max()) < 3e-6
+
+
 def test_light_that_changes_everywhere_is_no_defect():
     """Photos of many exposures: a dark one is usual, and a faint scratch stands out in it, for a place that is bright
     in a dark photo is unusual. Without modes each place is judged alone, and may be as bright as in any photo.

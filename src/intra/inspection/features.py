@@ -112,7 +112,7 @@ def _features(
     responses = _responses(photos, filters, scale)
     sizes = [responses.abs()]
     if repaired is not None:
-        sizes.append((responses - _responses(repaired, filters, scale)).abs())
+        sizes.append(_responses(photos - repaired, filters, scale).abs())  # their difference, but for rounding
     energies = torch.cat([(F.adaptive_avg_pool2d(each, grids[0]) + ENERGY_FLOOR).log() for each in sizes], dim=1)
     signed = (F.adaptive_avg_pool2d(responses, grids[0]) / KNEE).asinh()
     found = []

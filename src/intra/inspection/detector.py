@@ -377,7 +377,7 @@ def _placed(
     part: np.ndarray, inside: np.ndarray, where: tuple[slice, slice], whole: np.ndarray
 ) -> np.ndarray:
     """`whole`, in which the part inside the region, which was cut out there, stands in its place."""
-    whole[where][inside] = part[inside]
+    np.copyto(whole[where], part, where=inside if part.ndim == 2 else inside[..., None])
     return whole
 
 

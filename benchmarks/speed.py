@@ -333,7 +333,7 @@ def main() -> int:
         slow = name == "paper" and arguments.device == "cpu"
         cases = [("training", "as shipped", 0), ("training", "fp32", 0), ("inspection", "naive loop", 1),
                  ("inspection", "fp32", 1), *(("inspection", way, batch) for way in SHIPPED for batch in batches)]
-        if slow:  # a step of 256 windows takes half a minute, an image some seconds
+        if slow:  # a step of 256 windows takes nine seconds or more, an image as long
             cases = [("training", "as shipped", 0), ("inspection", "naive loop", 1), ("inspection", "as shipped", 1)]
             cases += [("inspection", "bf16", 1)] * uses_bf16(torch.device("cpu"), "auto")
         elif arguments.device != "cpu" and preset(name).scoring.precision == "fp32":

@@ -145,7 +145,7 @@ _FAST = Config(
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
-        weight_decay=0.05, schedule="cosine", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
+        weight_decay=0.05, schedule="trapezoid", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
         max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0009-distribution.md, 0019-divided.md; with difference_weight also 0003-spread.md, 0006-scales.md

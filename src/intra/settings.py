@@ -135,7 +135,7 @@ class TrainConfig:
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "trapezoid"] = "constant"
     warmup_fraction: float = 0.0  # of the budget
     l2_weight: float = 1.0
     gms_weight: float = 0.01

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,6 @@ from intra.inspection.detector import Detector
 from intra.training import engine
 from intra.training.run import Run, train
 from intra.training.sampler import WindowSampler
-from tests.conftest import TINY
 
 THERE = torch.device("meta")  # of all devices that torch knows, the one that every build lets tensors claim
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}  # whose indices may lie on the CPU

@@ -29,6 +29,7 @@ from intra.training.sampler import Batch, WindowSampler
 __all__ = ["Budget", "Fitted", "Report", "fit"]
 
 CHECKPOINT_EVERY_S = 30.0
+DECAY_SHARE = 0.2  # of the budget
 IMAGES_PER_CHUNK = 8  # validated at a time
 REPORT_EVERY_S = 0.5
 LOG_FIELDS = ("step", "epoch", "elapsed_s", "learning_rate", "train_loss", "validation_loss", "windows_per_s")
@@ -234,11 +235,15 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _learning_rate(config: TrainConfig, spent: float) -> float:
-    """Linear warm-up, then constant or down half a cosine to zero at the end of the budget."""
+    """Linear warm-up, then constant, down half a cosine to zero at the end of the budget, or constant until the last
+    DECAY_SHARE of it and down a line to zero ("trapezoid", Hägele et al. 2024).
+    """
     if spent < config.warmup_fraction:
         return config.learning_rate * (spent + 1e-3) / (config.warmup_fraction + 1e-3)
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "trapezoid":
+        return config.learning_rate * min(1.0, (1 - spent) / DECAY_SHARE)
     along = (spent - config.warmup_fraction) / (1 - config.warmup_fraction)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * along))
 

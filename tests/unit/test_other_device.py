@@ -27,7 +27,9 @@ from intra.training.sampler import WindowSampler
 
 THERE = torch.device("meta")  # of all devices that torch knows, the one that every build lets tensors claim
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}  # whose indices may lie on the CPU
-WAITING = {"_local_scalar_dense", "nonzero", "equal", "tolist"}  # for a device to have come so far
+# operations for which the CPU waits until the device has come so far: they give it a value, or a shape by values
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "_unique2",
+           "unique_dim", "unique_consecutive", "repeat_interleave", "bincount"}
 
 
 class OnDevice(Tensor):
@@ -96,8 +98,9 @@ class Machine(TorchDispatchMode):
             apart = here if name not in INDEXING else [each for each in (args[0], *args[2:]) if _is_here(each)]
             assert name in {"_to_copy", "copy_"} or all(each.dim() == 0 for each in apart), (
                 f"{name} of tensors on two devices")
-        if there and (name in WAITING or asked == torch.device("cpu") or
-                      (name == "copy_" and not isinstance(args[0], OnDevice))):
+        is_masked = name in INDEXING and any(each.dtype == torch.bool for each in there[1:])
+        to_the_cpu = asked == torch.device("cpu") or (name == "copy_" and _is_here(args[0]))
+        if there and (name in WAITING or is_masked or to_the_cpu):
             self.waits.append(name)
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs | ({"device": "cpu"} if asked else {})))
         if asked == THERE or (there and asked is None):
@@ -174,10 +177,14 @@ def test_a_gpu_takes_no_tensor_of_the_cpu(machine: Machine) -> None:
         there + torch.ones(3)
     with pytest.raises(AssertionError, match="two devices"):
         torch.ones(3)[torch.tensor([0]).to(THERE)]
-    assert not machine.waits
-    assert float((there * 2).sum()) == 6
-    assert machine.waits == ["_local_scalar_dense"]
     assert torch.equal((there[[0, 2]] + 1).cpu(), torch.full((2,), 2.0))
+    assert machine.waits.pop() == "_to_copy"
+    for wait in (lambda: float(there.sum()), lambda: bool(there.any()), lambda: there[there > 0], there.tolist,
+                 there.unique, there.nonzero, lambda: torch.zeros(3).copy_(there)):
+        assert not machine.waits
+        wait()
+        assert len(machine.waits) == 1
+        machine.waits.clear()
 
 
 CASES = {

@@ -4,11 +4,12 @@
     python benchmarks/ablations.py DATA/bottle --out … --only msa,l2    # some of them
     python benchmarks/ablations.py --methods                            # the list, without measuring
 
-Every method is the preset `fast` with the paper's attention (MFSA), the settings below, and the same minutes of
-training, validation included. All but *fast* and distribution_and_difference look at the difference of photo and
-repaired image alone (the deviation of 1 − GMS), as the paper does: the default's distribution also sees the photo
-itself, and would hide what the network is worth. Goes on where it was stopped, as `intra benchmark` does, and takes the
-weights of finished cells of the same training, where they lie in the same folder. docs/results.md shows the tables.
+Every method is the preset `fast` with the paper's attention (MFSA), a learning rate along half a cosine, the settings
+below, and the same minutes of training, validation included. All but *fast* and distribution_and_difference look at the
+difference of photo and repaired image alone (the deviation of 1 − GMS), as the paper does: the default's distribution
+also sees the photo itself, and would hide what the network is worth. Goes on where it was stopped, as `intra benchmark`
+does, and takes the weights of finished cells of the same training, where they lie in the same folder. docs/results.md
+shows the tables.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from intra.errors import InTraError
 from intra.evaluation.benchmark import Event, benchmark
 
 MINUTES = 3.0
+EVERYWHERE = {"model.attention": "mfsa", "train.schedule": "cosine"}  # as `fast` was when the first were measured
 DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
 
 
@@ -62,7 +64,7 @@ def methods(only: str | None = None) -> list[str]:
     """As `intra benchmark --method` takes them; all, or those with these names. Raises InTraError on an unknown one."""
     found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in (NETWORKS | SCORINGS).items()}
     found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
-    found = {name: {"model.attention": "mfsa"} | settings for name, settings in found.items()}
+    found = {name: EVERYWHERE | settings for name, settings in found.items()}
     chosen = list(found) if only is None else only.split(",")
     if unknown := [name for name in chosen if name not in found]:
         raise InTraError(f"no ablation {', '.join(unknown)}; there are {', '.join(found)}")

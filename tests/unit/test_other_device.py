@@ -192,7 +192,7 @@ CASES = {
     "many tokens": TINY | {"model.patch_size": "2", "model.depth": "1", "model.segmenter_width": "0",
                            "train.batch_size": "1"},
     "paper": {"model.window_size": "3", "model.embed_dim": "32", "model.depth": "3", "model.patch_size": "8",
-              "train.batch_size": "16", "train.max_steps": "4"},
+              "train.batch_size": "16"},
     "autoencoder_ssim": {"train.precision": "fp32", "scoring.precision": "fp32"},
     "riad": {"model.base_width": "4", "train.precision": "fp32", "scoring.precision": "fp32"},
 }  # fmt: skip

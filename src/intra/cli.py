@@ -98,9 +98,10 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     minutes: Annotated[float | None, typer.Option(help="Budget: minutes of training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget: epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget: optimiser steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same machine: same weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same machine, same steps: same weights.")] = 0,
     device: DeviceOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option(
+        "--resume", help="Go on with the run in --out; a budget counts from its beginning.")] = False,
     settings: Annotated[list[str] | None, typer.Option(
         "--set", metavar="KEY=VALUE", help="Replace one setting, e.g. train.batch_size=16; may be repeated.")] = None,
     normal: NormalOption = None,

@@ -63,7 +63,7 @@ def window_positions(
     origins: Int[Tensor, "n 2"], grid: tuple[int, int], window_shape: tuple[int, int]
 ) -> Int[Tensor, "n t"]:
     """The positions of a window's patches, row by row, for windows with these origins."""
-    offsets = _window_offsets(grid, window_shape).to(origins.device)
+    offsets = _window_offsets(grid, window_shape).to(origins.device, non_blocking=True)
     return (origins[:, :1] * grid[1] + origins[:, 1:]) + offsets
 
 

@@ -113,7 +113,9 @@ def _separable(
     """
     h, w = images.shape[-2:]
     with torch.autocast(images.device.type, enabled=False):  # SSIM's variances are differences: bf16 would leave noise
-        return _filter_matrix(rows, h).to(images) @ images @ _filter_matrix(cols, w).to(images).T
+        along_rows, along_cols = (_filter_matrix(kernel, size).to(images, non_blocking=True)
+                                  for kernel, size in ((rows, h), (cols, w)))
+        return along_rows @ images @ along_cols.T
 
 
 def _filter_matrix(kernel: Float[Tensor, " k"], size: int) -> Float[Tensor, "size size"]:

@@ -33,7 +33,7 @@ AnomalousOption = Annotated[Path | None, typer.Option(
     metavar="DIR", help="Photos of defective parts, where DATA is no category.")]
 MasksOption = Annotated[Path | None, typer.Option(
     metavar="DIR", help="Masks NAME_mask.png of the defective parts, where DATA is no category.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 ThresholdOption = Annotated[float | None, typer.Option(help="Replaces the model's threshold; no training is needed.")]
 RateOption = Annotated[float | None, typer.Option(
     "--false-reject-rate", metavar="SHARE",

@@ -244,6 +244,15 @@ class TestTooLittleMemory:
         assert read_header(tmp_path / "last.ckpt")["progress"]["step"] == 4
         assert train(photos / "gear", tmp_path, steps=8, resume=True).num_steps == 8
 
+    def test_a_gpu_that_computes_nothing_is_left_alone(self, monkeypatch, caplog):
+        assert device.pick_device("auto").type == "cpu"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what an old driver or an old card says
+        assert device.pick_device("auto").type == "cpu"
+        assert "going on with the CPU" in caplog.text
+        for name in ("cuda", "mps", "meta", "toaster"):
+            with pytest.raises(InTraError, match=f"device '{name}' cannot be used"):
+                device.pick_device(name)
+
     def test_the_memory_of_the_device_is_asked_for_only_after_an_error(self):
         assert list(device.in_chunks(lambda start, stop: (start, stop), 5, 2)) == [(0, 2), (2, 4), (4, 5)]
 

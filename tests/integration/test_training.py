@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,8 @@ def test_rates_of_the_schedules():
     cosine = replace(fast, schedule="cosine")
     assert engine._learning_rate(cosine, 0.515) == pytest.approx(0.5 * fast.learning_rate)
     assert engine._learning_rate(paper, 1.0) == paper.learning_rate
+    long = [engine._learning_rate(replace(fast, warmup_fraction=0.9), spent / 20) for spent in range(21)]
+    assert max(abs(a - b) for a, b in pairwise(long)) < 0.3 * fast.learning_rate  # no jump where the ramps meet
 
 
 def test_resume_without_a_checkpoint_begins(photos, tmp_path):

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import intra.training.run as training_run
 from intra.config import PRESETS, Config
 from intra.inspection.detector import Detector
+from intra.inspection.distribution import GoodPatches, PatchDistribution
 from intra.training import engine
-from intra.training.run import Run, train
+from intra.training.run import Run, recalibrate, train
 from intra.training.sampler import WindowSampler
 
 THERE = torch.device("meta")  # of all devices that torch knows, the one that every build lets tensors claim
@@ -93,14 +94,21 @@ class Machine(TorchDispatchMode):
         there = [each for each in given if isinstance(each, OnDevice)]
         here = [each for each in given if _is_here(each)]
         asked = kwargs.get("device")
+        is_copy = name in {"_to_copy", "copy_"}
         if there:
             assert not any(each.is_meta for each in here), f"{name} of a tensor without values"
             apart = here if name not in INDEXING else [each for each in (args[0], *args[2:]) if _is_here(each)]
-            assert name in {"_to_copy", "copy_"} or all(each.dim() == 0 for each in apart), (
+            is_pointwise = torch.Tag.pointwise in func.tags  # takes single numbers of the CPU
+            assert is_copy or all(each.dim() == 0 and is_pointwise for each in apart), (
                 f"{name} of tensors on two devices")
+        if there or asked == THERE:
+            assert kwargs.get("generator") is None, f"{name} by a generator of the CPU"
         is_masked = name in INDEXING and any(each.dtype == torch.bool for each in there[1:])
-        to_the_cpu = asked == torch.device("cpu") or (name == "copy_" and _is_here(args[0]))
-        if there and (name in WAITING or is_masked or to_the_cpu):
+        to_the_cpu = is_copy and (asked == torch.device("cpu") or _is_here(args[0])) and asked != THERE
+        may_come_later = bool(kwargs.get("non_blocking")) or any(each is True for each in args[2:3])
+        to_the_device = is_copy and here and not to_the_cpu and not may_come_later and (there or asked == THERE)
+        indices = name in INDEXING and any(map(_is_here, args[1]))
+        if to_the_device or (there and (name in WAITING or is_masked or to_the_cpu or indices)):
             self.waits.append(name)
         out = func(*tree_map(_held, args), **tree_map(_held, kwargs | ({"device": "cpu"} if asked else {})))
         if asked == THERE or (there and asked is None):
@@ -177,10 +185,18 @@ def test_a_gpu_takes_no_tensor_of_the_cpu(machine: Machine) -> None:
         there + torch.ones(3)
     with pytest.raises(AssertionError, match="two devices"):
         torch.ones(3)[torch.tensor([0]).to(THERE)]
-    assert torch.equal((there[[0, 2]] + 1).cpu(), torch.full((2,), 2.0))
-    assert machine.waits.pop() == "_to_copy"
+    with pytest.raises(AssertionError, match="two devices"):
+        torch.stack([there[0], torch.tensor(1.0)])
+    with pytest.raises(AssertionError, match="generator"):
+        torch.rand(3, device=THERE, generator=torch.Generator())
+    machine.waits.clear()
+    places = torch.tensor([0, 2]).to(THERE, non_blocking=True)
+    assert not machine.waits
+    assert torch.equal((there[places] + torch.tensor(1.0)).cpu(), torch.full((2,), 2.0))
+    machine.waits.clear()
     for wait in (lambda: float(there.sum()), lambda: bool(there.any()), lambda: there[there > 0], there.tolist,
-                 there.unique, there.nonzero, lambda: torch.zeros(3).copy_(there)):
+                 there.unique, there.nonzero, lambda: torch.zeros(3).copy_(there), there.cpu,
+                 lambda: torch.zeros(3).to(THERE), lambda: there.copy_(torch.zeros(3)), lambda: there[[0, 2]]):
         assert not machine.waits
         wait()
         assert len(machine.waits) == 1
@@ -212,6 +228,28 @@ def test_trains_and_inspects_there_as_on_the_cpu(
 
 def test_a_region_is_inspected_there_as_on_the_cpu(machine: Machine, roi_run: Run, photos: Path) -> None:
     compare(roi_run, roi_run, sorted((photos / "gear" / "test").rglob("*.png"))[:6])
+
+
+@pytest.mark.parametrize("suffices", [True, False])
+def test_calibrates_there_or_where_the_memory_suffices(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, roi_run: Run, photos: Path,
+    tmp_path: Path, suffices: bool,
+) -> None:  # fmt: skip
+    asked: Any = {"data": photos / "gear", "settings": {"scoring.num_modes": "3"}}
+    here = recalibrate(roi_run.path, out=tmp_path / "cpu", device="cpu", **asked)
+    original, places = GoodPatches.fitted, []
+
+    def fitted(self: GoodPatches, unseen: list[Tensor]) -> PatchDistribution:
+        places.append(isinstance(unseen[0], OnDevice))
+        if places[-1] and not suffices:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, unseen)
+
+    monkeypatch.setattr(GoodPatches, "fitted", fitted)
+    there = recalibrate(roi_run.path, out=tmp_path / "meta", device="meta", **asked)
+    assert places[-1] == suffices
+    assert ("the CPU does it" in caplog.text) != suffices
+    compare(here, there, sorted((photos / "gear" / "test").rglob("*.png"))[:6])
 
 
 def test_goes_on_there(machine: Machine, photos: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from intra.errors import InTraError
 __all__ = ["OutOfMemoryError", "autocast", "for_inference", "in_chunks", "is_out_of_memory", "pick_device", "uses_bf16"]
 
 Precision = Literal["auto", "fp32", "bf16"]
-# Torch has a type of error for GPUs alone; on the CPU its allocators raise RuntimeError with one of these.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation")
+# Torch has a type of error for GPUs alone; the CPU's allocators, and CUDA's libraries, raise RuntimeError with one of
+# these.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation", "alloc_failed")
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -26,19 +27,31 @@ class OutOfMemoryError(InTraError):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first GPU, or the CPU. Raises InTraError if it is not there.
+    """The device of this name; "auto" is the first CUDA GPU that computes, or the CPU. Raises InTraError for one that
+    does not compute, and for "mps".
 
-    From then on a GPU's convolutions in fp32 keep all bits.
+    From then on a GPU's convolutions in fp32 keep all bits, and do the same each time.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return pick_device("cuda")
+        except InTraError as error:
+            _log.warning("%s; going on with the CPU", error)
+            return torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # one sum, read back: a GPU that is too old for this torch is listed, gives memory, and computes nothing
+        float(torch.ones(1, device=device).sum())
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InTraError(f"device {name!r} cannot be used here ({reason}); pass --device auto or cpu") from error
+    if device.type == "mps":  # pooling to sizes that do not divide, as a region's cells have it, is wrong or missing
+        raise InTraError(f"device {name!r} cannot be used: torch has not all there that a calibration needs; pass "
+                         "--device auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
+    torch.backends.cudnn.deterministic = True
     return device
 
 
@@ -47,7 +60,8 @@ def uses_bf16(device: torch.device, precision: Precision) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # not every GPU of a machine need be of one kind
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

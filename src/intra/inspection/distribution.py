@@ -203,7 +203,9 @@ def _whitening(
     shared = covariance.mean(0)
     floor = (DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE).diag()
     root = torch.linalg.inv(torch.linalg.cholesky(shared + floor))
-    spectrum, directions = torch.linalg.eigh(root @ (covariance + floor) @ root.T)
+    # on the CPU: of thousands of small matrices a GPU may decompose one after the other
+    spectrum, directions = (found.to(root.device) for found in torch.linalg.eigh(
+        (root @ (covariance + floor) @ root.T).cpu()))
     aligned = directions.transpose(1, 2) @ root
     squares = (aligned @ unseen).square().mean(2)  # (cells, D)
 

@@ -1,5 +1,6 @@
 """A trained network and its good images → a detector: reference, distribution, threshold and setup alarm."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from intra.data.images import to_unit
 from intra.inspection.anomaly import Evidence, evidence_kinds
 from intra.inspection.calibration import calibrate
 from intra.inspection.detector import Detector, repair
-from intra.inspection.device import in_chunks
+from intra.inspection.device import OutOfMemoryError, in_chunks, is_out_of_memory
 from intra.inspection.distribution import GoodPatches, PatchDistribution
 from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
@@ -20,6 +21,8 @@ from intra.inspection.setup import LEAST_GOOD, Setup
 from intra.training.engine import IMAGES_PER_CHUNK
 
 __all__ = ["calibrated"]
+
+_log = logging.getLogger(__name__)
 
 
 def calibrated(
@@ -32,7 +35,28 @@ def calibrated(
     Args:
         training, validation: as they were read, also outside a region of interest: there the setup alarm looks too.
         on_calibration: called with the number of good images inspected so far, and of all.
+
+    Where a GPU's memory does not suffice all of it runs on the CPU. Raises OutOfMemoryError if that has too little.
     """
+    given = config, provenance, on_calibration
+    try:
+        return _calibrated(model, training, validation, region, device, *given)
+    except (RuntimeError, OutOfMemoryError) as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        _log.warning("the memory of %s does not suffice to look at the good images; the CPU does it, in more time",
+                     device)
+    if torch.cuda.is_available():  # only here, behind the except: the error itself holds on to tensors
+        torch.cuda.empty_cache()
+    cpu = torch.device("cpu")
+    return _calibrated(model, training.to(cpu), validation.to(cpu), region and region.to(cpu), cpu, *given)
+
+
+def _calibrated(
+    model: nn.Module, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    region: Region | None, device: torch.device, config: Config, provenance: dict[str, Any],
+    on_calibration: Callable[[int, int], None] | None,
+) -> Detector:  # fmt: skip
     model = model.to(device).eval()
     scoring = config.scoring
     kinds = evidence_kinds(scoring, has_segmenter=config.model.segmenter_width > 0)

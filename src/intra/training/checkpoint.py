@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Tensor]]:
-    """Puts the state into model and optimiser; returns the progress and the best weights so far.
+    """Puts the state into model and optimiser; returns the progress and the best weights so far, on the same device.
 
     Raises InTraError if the file is damaged or does not fit the model.
     """
@@ -96,4 +96,4 @@ def _load(
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress, parts["best"]
+    return progress, {name: value.to(model.state_dict()[name].device) for name, value in parts["best"].items()}

@@ -147,7 +147,7 @@ def _own_colour(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c 
 
 def _any_texture(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c h w"]:
     """Smooth noise of any colour and any fineness."""
-    colour = draw.vector(len(image), 0, 1).to(image.device)
+    colour = draw.vector(len(image), 0, 1).to(image.device, non_blocking=True)
     noise = _smooth_noise(1, _size(image), draw.between(2, 16), draw, image.device)
     return (colour + draw.between(0.02, 0.25) * noise).clamp(0, 1)
 
@@ -155,7 +155,9 @@ def _any_texture(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c
 def _shaded(image: Float[Tensor, "c h w"], draw: _Draw) -> Float[Tensor, "c h w"]:
     """The image brighter or darker, half of the time in another tint."""
     shaded = image * (1 + draw.between(0.08, 0.5) * (1 if draw.chance(0.5) else -1))
-    return shaded + draw.vector(len(image), -0.15, 0.15).to(image.device) if draw.chance(0.5) else shaded
+    if draw.chance(0.5):
+        return shaded + draw.vector(len(image), -0.15, 0.15).to(image.device, non_blocking=True)
+    return shaded
 
 
 def _size(image: Float[Tensor, "c h w"]) -> tuple[int, int]:
@@ -166,7 +168,7 @@ def _smooth_noise(
     channels: int, size: tuple[int, int], period_px: float, draw: _Draw, device: torch.device
 ) -> Float[Tensor, "c h w"]:
     """Noise of about unit variance that varies over `period_px`; a small random tile, mirrored beyond its border."""
-    tile = torch.randn(1, channels, TILE, TILE, generator=draw.generator).to(device)
+    tile = torch.randn(1, channels, TILE, TILE, generator=draw.generator).to(device, non_blocking=True)
     offset = draw.between(0, TILE), draw.between(0, TILE)
     row, col = (((torch.arange(side, device=device) + 0.5) / period_px + start) * 2 / TILE - 1
                 for side, start in zip(size, offset, strict=True))

@@ -84,9 +84,9 @@ def fit(  # noqa: PLR0913  all but three by keyword
     the first validation, the memory does not suffice or the disk is full.
     """
     optimizer = _optimizer(model, config)
-    progress, best = Progress(), {name: value.clone() for name, value in model.state_dict().items()}
     checkpoint = out / CHECKPOINT_FILE
     network, optimizer = fabric.setup(model, optimizer)
+    progress, best = Progress(), {name: value.clone() for name, value in model.state_dict().items()}
     if resume:  # after the set-up, which moves the weights to the device, but nothing of the optimiser
         progress, best = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         progress.finished = _is_finished(progress, config, budget)  # the budget may be another one now
@@ -238,12 +238,11 @@ def _learning_rate(config: TrainConfig, spent: float) -> float:
     """Linear warm-up, then constant, down half a cosine to zero at the end of the budget, or constant until the last
     DECAY_SHARE of it and down a line to zero ("trapezoid", Hägele et al. 2024).
     """
+    decay = min(1.0, (1 - spent) / DECAY_SHARE) if config.schedule == "trapezoid" else 1.0
     if spent < config.warmup_fraction:
-        return config.learning_rate * (spent + 1e-3) / (config.warmup_fraction + 1e-3)
-    if config.schedule == "constant":
-        return config.learning_rate
-    if config.schedule == "trapezoid":
-        return config.learning_rate * min(1.0, (1 - spent) / DECAY_SHARE)
+        return config.learning_rate * min(decay, (spent + 1e-3) / (config.warmup_fraction + 1e-3))
+    if config.schedule != "cosine":
+        return config.learning_rate * decay
     along = (spent - config.warmup_fraction) / (1 - config.warmup_fraction)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * along))
 

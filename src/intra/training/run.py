@@ -79,8 +79,8 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         data: a category in MVTec's layout, or a folder of good images.
         preset: "fast" (the default), "quality", "paper", or a baseline: "autoencoder_l2", "autoencoder_ssim", "riad".
         image_size: px; "auto", a side, or (height, width), both multiples of the patch.
-        minutes, epochs, steps: the budget, one of them; without any, the resumed run's or the preset's. The schedule
-            fits it.
+        minutes, epochs, steps: the budget, one of them, of a resumed run from its beginning; without any, the resumed
+            run's or the preset's. The schedule fits it.
         seed: the same seed on the same machine gives the same weights (with a budget in steps or epochs).
         resume: go on from `out`/last.ckpt where there is one; preset, seed and settings are then those of the run.
         settings: replaces single settings by text, `{"train.batch_size": "16"}`.

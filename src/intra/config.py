@@ -136,17 +136,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 # The lattice variant: the whole grid is one window, a random share of its patches is hidden at once and each is
-# read out from its own token; 4 passes inspect an image. docs/decisions/0001-lattice.md, 0017-attention-of-fast.md
+# read out from its own token; 4 passes inspect an image. docs/decisions/0001-lattice.md, 0017-attention-of-fast.md,
+# 0023-four-blocks.md
 _FAST = Config(
     preset="fast",
-    model=ModelConfig(window_size=None, embed_dim=192, depth=6, num_heads=6, attention="msa", readout="token",
+    model=ModelConfig(window_size=None, embed_dim=192, depth=4, num_heads=6, attention="msa", readout="token",
                       conditional_positions=True, mean_start=True),
     # more held-out images than the paper's: they also carry the threshold
     data=DataConfig(validation_fraction=0.15, max_validation_images=40),
     train=TrainConfig(
         windows_per_image=8, batch_size=8, hidden_fraction=(0.05, 0.25), optimizer="adamw", learning_rate=1e-3,
         weight_decay=0.05, schedule="trapezoid", warmup_fraction=0.03, flips="auto", turns="auto", max_epochs=None,
-        max_steps=4000, max_minutes=15.0, patience=None, gradient_clip=1.0,
+        max_steps=6000, max_minutes=15.0, patience=None, gradient_clip=1.0,
     ),
     # docs/decisions/0009-distribution.md, 0019-divided.md; with difference_weight also 0003-spread.md, 0006-scales.md
     scoring=ScoringConfig(lattice=2, scales=(2, 4, 8, 16), blur_size=31, max_reference_images=512, spread=True,

@@ -1,11 +1,13 @@
 """What a benchmark compares, what its table says, and that no figure in a document is typed."""
 
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,28 @@ def test_the_ablations_ask_for_what_was_measured(folder):
     for cell in cells:
         asked = cell["asked"] | {"config": json.loads(json.dumps(methods[cell["method"]].config.to_dict()))}
         assert not _differences(cell["asked"], asked), cell["method"]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_the_documents_ask_for_what_was_measured(document):
+    """The same of the commands that stand there: they follow a change of the presets, or name what was before."""
+    lines = (ROOT / document).read_text().replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("intra benchmark DATA/")]
+    num_cells = 0
+    for words in commands:
+        given = [(word, value) for word, value in pairwise(words) if word.startswith("--")]
+        methods = parse_methods([value for word, value in given if word == "--method"])
+        categories = [word.removeprefix("DATA/") for word in words if word.startswith("DATA/")]
+        for path in (ROOT / dict(given)["--out"] / "cells").glob("*.json"):
+            cell = json.loads(path.read_text())
+            if cell["category"] not in categories:
+                continue
+            for method in (method for method in methods if method.name == cell["method"]):
+                config = json.loads(json.dumps(method.config.to_dict()))
+                asked = cell["asked"] | {"config": config, "budget": {"minutes": float(dict(given)["--minutes"])}}
+                assert not _differences(cell["asked"], asked), path.name
+                num_cells += 1
+    assert num_cells >= 8
 
 
 def tables(*words: object) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,8 @@ from intra.errors import InTraError
 from intra.settings import DataConfig, ModelConfig, ScoringConfig, TrainConfig
 from intra.values import fits_type, parse_value, type_in_words
 
-__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "nearest", "preset"]
+__all__ = ["PRESETS", "Config", "DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig", "flat", "nearest",
+           "preset"]
 
 # Not set by hand: --image-size, data.channels and --roi decide.
 FROM_THE_DATA = {("model", "grid"), ("model", "channels"), ("data", "box")}
@@ -113,6 +114,12 @@ class Config:
                 raise InTraError(f"settings of a wrong type: {', '.join(wrong)}")
             parts[name] = part(**plain)
         return cls(**parts)
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Config.to_dict` gives, by the names that --set takes: `{"preset": "fast", "model.depth": 4, …}`."""
+    return {"preset": config["preset"]} | {f"{part}.{name}": value for part, values in config.items()
+                                           if isinstance(values, Mapping) for name, value in values.items()}
 
 
 def preset(name: str) -> Config:

@@ -23,6 +23,8 @@ from intra.evaluation.predict import predict_files
 from intra.inspection import device
 from intra.inspection.detector import Detector
 from intra.inspection.device import OutOfMemoryError, in_chunks, is_out_of_memory
+from intra.inspection.distribution import GoodPatches
+from intra.inspection.model_file import MODEL_FILE
 from intra.training import engine
 from intra.training.checkpoint import read_header
 from intra.training.run import train
@@ -178,6 +180,7 @@ class TestTooLittleMemory:
                 ask()
             assert is_out_of_memory(caught.value)
         assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+        assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(…)`"))
         assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
     def test_portions_are_halved_and_all_is_done_once(self, caplog):
@@ -244,11 +247,22 @@ class TestTooLittleMemory:
         assert read_header(tmp_path / "last.ckpt")["progress"]["step"] == 4
         assert train(photos / "gear", tmp_path, steps=8, resume=True).num_steps == 8
 
+    def test_a_calibration_says_what_to_do_and_is_made_up_for(self, photos, tmp_path, monkeypatch):
+        def fails(*_, **__):
+            raise MemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(InTraError, match="go on with --resume"):
+            patch.setattr(GoodPatches, "fitted", fails)
+            train(photos / "gear", tmp_path, steps=2, image_size=64, settings=TINY)
+        assert not (tmp_path / MODEL_FILE).exists()
+        train(photos / "gear", tmp_path, resume=True)
+        assert Detector.load(tmp_path).threshold > 0
+
     def test_a_gpu_that_computes_nothing_is_left_alone(self, monkeypatch, caplog):
         assert device.pick_device("auto").type == "cpu"
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what an old driver or an old card says
         assert device.pick_device("auto").type == "cpu"
-        assert "going on with the CPU" in caplog.text
+        assert "the GPU cannot be used (" in caplog.text
         for name in ("cuda", "mps", "meta", "toaster"):
             with pytest.raises(InTraError, match=f"device '{name}' cannot be used"):
                 device.pick_device(name)

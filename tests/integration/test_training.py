@@ -146,8 +146,10 @@ def test_kill_9_leaves_a_run_that_resumes(photos, tmp_path):
 def test_resume_refuses_what_does_not_fit(photos, run, tmp_path):
     with pytest.raises(InTraError, match="already holds a run"):
         train(photos / "gear", run.path, steps=1)
-    with pytest.raises(InTraError, match="other settings"):
-        train(photos / "gear", run.path, steps=1, resume=True, settings={"model.depth": "2"})
+    with pytest.raises(InTraError, match=r"other settings \(model\.depth=3, asked is 2\); resume"):
+        train(photos / "gear", run.path, steps=1, resume=True, image_size=64, settings=TINY | {"model.depth": "2"})
+    with pytest.raises(InTraError, match=r"asked is paper; model\.patch_size=8, asked is 16; .*; …\); resume"):
+        train(photos / "gear", run.path, steps=1, resume=True, preset="paper")
     with pytest.raises(InTraError, match="seed"):
         train(photos / "gear", run.path, steps=1, resume=True, seed=5)
     with pytest.raises(InTraError, match="no longer those"):

@@ -125,7 +125,7 @@ def test_order_of_tokens_does_not_matter_but_positions_do():
 
 
 @pytest.mark.parametrize(
-    ("depth", "pairs"), [(13, {i: 14 - i for i in range(1, 7)}), (6, {1: 6, 2: 5}), (2, {}), (1, {})]
+    ("depth", "pairs"), [(13, {i: 14 - i for i in range(1, 7)}), (6, {1: 6, 2: 5}), (4, {1: 4}), (2, {}), (1, {})]
 )
 def test_long_residual_pairs(depth, pairs):
     """1-based as in the paper: the output of block i joins the input of block 14 - i, and no tensor joins itself."""

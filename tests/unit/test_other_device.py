@@ -252,11 +252,21 @@ def test_calibrates_there_or_where_the_memory_suffices(
     compare(here, there, sorted((photos / "gear" / "test").rglob("*.png"))[:6])
 
 
-def test_goes_on_there(machine: Machine, photos: Path, tmp_path: Path) -> None:
+def test_goes_on_there(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, photos: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    judge, places = engine._judge, []
+
+    def judged(*args: Any) -> None:
+        places.append({value.device.type for value in args[3].values()})
+        judge(*args)
+
+    monkeypatch.setattr(engine, "_judge", judged)
     for steps in (2, 4):
         run = train(photos / "gear", tmp_path / "run", steps=steps, image_size=64, settings=TINY, device="meta",
                     resume=steps > 2)
     assert run.num_steps == 4
+    assert places == [{"meta"}] * 2  # the best weights so far lie beside those that learn
 
 
 def compare(here: Run, there: Run, paths: list[Path]) -> None:

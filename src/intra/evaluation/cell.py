@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from intra.config import Config
+from intra.config import Config, flat
 from intra.data.files import name_below, sha256_of, write_atomically
 from intra.data.folder import Category
 from intra.errors import InTraError
@@ -233,8 +233,8 @@ def _stored(path: Path, key: str | None) -> Mapping[str, Any]:
 
 def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """What was asked for otherwise. A setting that the stored cell's intra did not know had its default."""
-    old, new = (_flat(each["config"]) for each in (stored, asked))
-    old = _flat(json.loads(json.dumps(Config().to_dict()))) | old
+    old, new = (flat(each["config"]) for each in (stored, asked))
+    old = flat(json.loads(json.dumps(Config().to_dict()))) | old
     found = [f"{key}={old[key]}, asked is {value}" for key, value in new.items()
              if old[key] != value and key not in SAID_BY_THE_BUDGET]
     if stored["budget"] != asked["budget"]:
@@ -246,8 +246,3 @@ def _differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[st
     if stored["photos"] != asked["photos"]:
         found.append("other photos or masks")
     return found
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{part}.{name}": value for part, values in config.items() if isinstance(values, Mapping)
-            for name, value in values.items()} | {"preset": config["preset"]}

@@ -16,7 +16,8 @@ __all__ = ["OutOfMemoryError", "autocast", "for_inference", "in_chunks", "is_out
 Precision = Literal["auto", "fp32", "bf16"]
 # Torch has a type of error for GPUs alone; the CPU's allocators, and CUDA's libraries, raise RuntimeError with one of
 # these.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation", "alloc_failed")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation", "alloc_failed",
+              "allocation_failed")
 
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
@@ -27,32 +28,39 @@ class OutOfMemoryError(InTraError):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the first CUDA GPU that computes, or the CPU. Raises InTraError for one that
-    does not compute, and for "mps".
+    """The device of this name; "auto" is CUDA's GPU if there is one that computes, else the CPU.
 
-    From then on a GPU's convolutions in fp32 keep all bits, and do the same each time.
+    From then on a GPU's convolutions in fp32 keep all bits, and do the same each time. Raises InTraError for a device
+    that does not compute, and for "mps".
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        try:
-            return pick_device("cuda")
-        except InTraError as error:
-            _log.warning("%s; going on with the CPU", error)
-            return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        # one sum, read back: a GPU that is too old for this torch is listed, gives memory, and computes nothing
-        float(torch.ones(1, device=device).sum())
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InTraError(f"device {name!r} cannot be used here ({reason}); pass --device auto or cpu") from error
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if (error := _failure_of(name)) is not None:
+            _log.warning("the GPU cannot be used (%s); going on with the CPU", _first_line(error))
+            name = "cpu"
+    elif (error := _failure_of(name)) is not None:
+        kind = OutOfMemoryError if is_out_of_memory(error) else InTraError
+        raise kind(f"device {name!r} cannot be used here ({_first_line(error)}); pass --device auto or cpu") from error
+    device = torch.device(name)
     if device.type == "mps":  # pooling to sizes that do not divide, as a region's cells have it, is wrong or missing
         raise InTraError(f"device {name!r} cannot be used: torch has not all there that a calibration needs; pass "
                          "--device auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     torch.backends.cudnn.deterministic = True
     return device
+
+
+def _failure_of(name: str) -> Exception | None:
+    """Why a device does not sum: a GPU too old for this torch is listed and gives memory, but computes nothing."""
+    try:
+        float(torch.ones(1, device=name).sum())
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def uses_bf16(device: torch.device, precision: Precision) -> bool:

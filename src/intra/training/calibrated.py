@@ -36,26 +36,29 @@ def calibrated(
         training, validation: as they were read, also outside a region of interest: there the setup alarm looks too.
         on_calibration: called with the number of good images inspected so far, and of all.
 
-    Where a GPU's memory does not suffice all of it runs on the CPU. Raises OutOfMemoryError if that has too little.
+    Where a GPU's memory does not suffice, all of it runs on the CPU. Raises OutOfMemoryError if that has too little.
     """
-    given = config, provenance, on_calibration
     try:
-        return _calibrated(model, training, validation, region, device, *given)
-    except (RuntimeError, OutOfMemoryError) as error:
-        if device.type == "cpu" or not is_out_of_memory(error):
+        return _calibrated(model, config, training, validation, provenance, device, on_calibration, region)
+    except (MemoryError, RuntimeError, OutOfMemoryError) as error:
+        if not is_out_of_memory(error) or (isinstance(error, OutOfMemoryError) and device.type == "cpu"):
             raise
+        if device.type == "cpu":
+            raise OutOfMemoryError("the memory does not suffice to look at all good images; close other programs and "
+                                   "go on with --resume, or train anew with a smaller --image-size or "
+                                   "scoring.max_reference_images") from error
         _log.warning("the memory of %s does not suffice to look at the good images; the CPU does it, in more time",
                      device)
     if torch.cuda.is_available():  # only here, behind the except: the error itself holds on to tensors
         torch.cuda.empty_cache()
-    cpu = torch.device("cpu")
-    return _calibrated(model, training.to(cpu), validation.to(cpu), region and region.to(cpu), cpu, *given)
+    return calibrated(model, config, training.cpu(), validation.cpu(), provenance, torch.device("cpu"), on_calibration,
+                      region and region.to(torch.device("cpu")))
 
 
 def _calibrated(
-    model: nn.Module, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
-    region: Region | None, device: torch.device, config: Config, provenance: dict[str, Any],
-    on_calibration: Callable[[int, int], None] | None,
+    model: nn.Module, config: Config, training: Shaped[Tensor, "n c h w"], validation: Shaped[Tensor, "m c h w"],
+    provenance: dict[str, Any], device: torch.device, on_calibration: Callable[[int, int], None] | None,
+    region: Region | None,
 ) -> Detector:  # fmt: skip
     model = model.to(device).eval()
     scoring = config.scoring

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 import intra
-from intra.config import Config, preset
+from intra.config import Config, flat, preset
 from intra.data.cache import cached_set
 from intra.data.files import remove_leftovers
 from intra.data.folder import MIN_GOOD_IMAGES, Category, find_category, fingerprints_of, require_enough
@@ -41,6 +41,7 @@ from intra.training.sampler import WindowSampler, allowed_symmetries, mean_image
 __all__ = ["Run", "recalibrate", "train"]
 
 LARGEST_SIDE = 8192  # px
+SETTINGS_TOLD = 3  # of those in which a run to be resumed differs
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,11 @@ def _resumed(
         asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels),
                         data=replace(wanted.data, box=config.data.box))
         if asked != config:
-            raise InTraError(f"{out} was begun with other settings; resume without --preset, --image-size and --set, "
-                             "or train anew into another --out")
+            old, new = flat(config.to_dict()), flat(asked.to_dict())
+            others = [f"{key}={old[key]}, asked is {new[key]}" for key in new if old[key] != new[key]]
+            listed = "; ".join(others[:SETTINGS_TOLD] + ["…"] * (len(others) > SETTINGS_TOLD))
+            raise InTraError(f"{out} was begun with other settings ({listed}); resume without --preset, --image-size "
+                             "and --set, or train anew into another --out")
     if stored.get("roi") != (None if mask is None else roi_digest(mask)):
         begun = "another region of interest" if stored.get("roi") else "no region of interest"
         raise InTraError(f"{out} was begun with {begun}; resume without --roi and with {ROI_FILE} as it was, or train "

@@ -32,10 +32,11 @@ from intra.data.files import write_atomically
 from intra.evaluation.evaluate import peak_memory_mib
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import MODEL_FILE
+from intra.training import engine
 from intra.training.run import train
 
 REPEATS = 5
-STEPS = 6  # of a training: reports come twice a second
+STEPS = 2  # of a training
 NUM_DRAWN = 20  # different photos; the others are these with another end of the file, decoded like any other
 
 
@@ -96,6 +97,7 @@ def many(count: int, photo_side: int) -> Photos:
         _draw(folder / "part" / "train" / "good", count, photo_side)
         decoding_s = _decoding(sorted((folder / "part" / "train" / "good").iterdir()))
         starts, calibrations = [], []
+        engine.REPORT_EVERY_S = 0.0  # the first step is told of at once
         for attempt in range(2):
             marks: dict[str, float] = {}
             begun = time.perf_counter()

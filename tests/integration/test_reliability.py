@@ -263,9 +263,11 @@ class TestTooLittleMemory:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # what an old driver or an old card says
         assert device.pick_device("auto").type == "cpu"
         assert "the GPU cannot be used (" in caplog.text
-        for name in ("cuda", "mps", "meta", "toaster"):
-            with pytest.raises(InTraError, match=f"device '{name}' cannot be used"):
+        for name in ("cuda", "meta", "toaster"):
+            with pytest.raises(InTraError, match=f"device '{name}' cannot be used here"):
                 device.pick_device(name)
+        with pytest.raises(InTraError, match="'mps' cannot be used: torch has not all there"):
+            device.pick_device("mps")
 
     def test_the_memory_of_the_device_is_asked_for_only_after_an_error(self):
         assert list(device.in_chunks(lambda start, stop: (start, stop), 5, 2)) == [(0, 2), (2, 4), (4, 5)]

@@ -33,6 +33,9 @@ def pick_device(name: str) -> torch.device:
     From then on a GPU's convolutions in fp32 keep all bits, and do the same each time. Raises InTraError for a device
     that does not compute, and for "mps".
     """
+    if name.partition(":")[0] == "mps":  # pooling to sizes that do not divide, as for a region, is wrong or missing
+        raise InTraError(f"device {name!r} cannot be used: torch has not all there that a calibration needs; pass "
+                         "--device auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if (error := _failure_of(name)) is not None:
@@ -41,13 +44,9 @@ def pick_device(name: str) -> torch.device:
     elif (error := _failure_of(name)) is not None:
         kind = OutOfMemoryError if is_out_of_memory(error) else InTraError
         raise kind(f"device {name!r} cannot be used here ({_first_line(error)}); pass --device auto or cpu") from error
-    device = torch.device(name)
-    if device.type == "mps":  # pooling to sizes that do not divide, as a region's cells have it, is wrong or missing
-        raise InTraError(f"device {name!r} cannot be used: torch has not all there that a calibration needs; pass "
-                         "--device auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     torch.backends.cudnn.deterministic = True
-    return device
+    return torch.device(name)
 
 
 def _failure_of(name: str) -> Exception | None:

@@ -365,8 +365,9 @@ def test_the_command_serves_until_it_is_told_to_stop(run, photo, end):
         assert "Traceback" not in server.stderr.read()
 
 
-def test_without_the_extra_one_line_says_what_to_install(tmp_path):
-    code = ("import sys; sys.modules['fastapi'] = None; sys.argv = ['intra', 'serve', '.']\n"
+@pytest.mark.parametrize("missing", ["fastapi", "h11", "fastapi h11 python_multipart starlette uvicorn"])
+def test_without_the_extra_one_line_says_what_to_install(tmp_path, missing):
+    code = (f"import sys; sys.modules.update(dict.fromkeys({missing.split()!r})); sys.argv = ['intra', 'serve', '.']\n"
             "from intra.cli import main; main()")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2

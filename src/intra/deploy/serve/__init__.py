@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-_EXTRA = {"fastapi", "multipart", "pydantic", "python_multipart", "starlette", "uvicorn"}
+_EXTRA = {"fastapi", "h11", "multipart", "pydantic", "python_multipart", "starlette", "uvicorn"}
 
 
 def serve(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import intra
+from intra.deploy import serve
 from intra.inspection.detector import READERS
 
 SOURCE = Path(intra.__file__).parent
@@ -56,6 +57,10 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path} imports relatively"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def test_serving_knows_its_extra_by_all_that_it_imports():
+    assert {name for name, places in WALLS.items() if places == ("deploy/serve/",)} <= serve._EXTRA
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))

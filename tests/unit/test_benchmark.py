@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from intra.data.folder import find_category
 from intra.errors import InTraError
 from intra.evaluation.benchmark import _sharing, benchmark
 from intra.evaluation.cell import Cell, _differences, fingerprint_of
-from intra.evaluation.methods import parse_methods
+from intra.evaluation.methods import Method, parse_methods
 from intra.evaluation.tables import PAPER, markdown, table_of
 
 ROOT = Path(__file__).parents[2]
@@ -274,8 +275,7 @@ def test_the_ablations_ask_for_what_was_measured(folder):
     assert cells
     assert {cell["method"] for cell in cells} <= set(methods)
     for cell in cells:
-        asked = cell["asked"] | {"config": json.loads(json.dumps(methods[cell["method"]].config.to_dict()))}
-        assert not _differences(cell["asked"], asked), cell["method"]
+        assert not differences(cell, methods[cell["method"]]), cell["method"]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
@@ -293,11 +293,15 @@ def test_the_documents_ask_for_what_was_measured(document):
             if cell["category"] not in categories:
                 continue
             for method in (method for method in methods if method.name == cell["method"]):
-                config = json.loads(json.dumps(method.config.to_dict()))
-                asked = cell["asked"] | {"config": config, "budget": {"minutes": float(dict(given)["--minutes"])}}
-                assert not _differences(cell["asked"], asked), path.name
+                assert not differences(cell, method, budget={"minutes": float(dict(given)["--minutes"])}), path.name
                 num_cells += 1
     assert num_cells >= 8
+
+
+def differences(cell: dict[str, Any], method: Method, **asked: Any) -> list[str]:
+    """In what a method of today, and what else is asked for, differ from what a cell was measured with."""
+    config = json.loads(json.dumps(method.config.to_dict()))
+    return _differences(cell["asked"], cell["asked"] | {"config": config} | asked)
 
 
 def tables(*words: object) -> subprocess.CompletedProcess[str]:

@@ -112,8 +112,7 @@ def in_chunks(work: Callable[[int, int], _Result], count: int, size: int) -> Ite
             yield result
             start = stop
             continue
-        if torch.cuda.is_available():  # only here, behind the except: the error itself holds on to tensors
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # only here, behind the except: the error itself holds on to tensors
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -49,8 +49,7 @@ def calibrated(
                                    "scoring.max_reference_images") from error
         _log.warning("the memory of %s does not suffice to look at the good images; the CPU does it, in more time",
                      device)
-    if torch.cuda.is_available():  # only here, behind the except: the error itself holds on to tensors
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # only here, behind the except: the error itself holds on to tensors
     return calibrated(model, config, training.cpu(), validation.cpu(), provenance, torch.device("cpu"), on_calibration,
                       region and region.to(torch.device("cpu")))
 

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import torch
 from speed import alone, counted, detector_of, hardware, photos, resolved, synchronised, training_step
 
 from intra.data.files import write_atomically
 from intra.evaluation.evaluate import peak_memory_mib
 from intra.inspection.detector import Detector
+from intra.inspection.device import pick_device
 from intra.inspection.model_file import MODEL_FILE
 from intra.training import engine
 from intra.training.run import train
@@ -69,7 +69,7 @@ class Photos:
 
 def size(side: int, channels: int) -> Size:
     """Measured in this process."""
-    config, device = resolved("fast", side, channels), torch.device("cpu")
+    config, device = resolved("fast", side, channels), pick_device("cpu")
     step, _ = training_step(config, device)
     detector = detector_of(config, "cpu")
     array = photos(config, 1)[0]

@@ -40,7 +40,7 @@ from intra.evaluation.evaluate import peak_memory_mib
 from intra.geometry import covering_windows, patchify
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.detector import Detector
-from intra.inspection.device import autocast, uses_bf16
+from intra.inspection.device import autocast, pick_device, uses_bf16
 from intra.inspection.distribution import GoodPatches, PatchDistribution
 from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
@@ -202,7 +202,7 @@ def copy_bandwidth(device_name: str) -> float:
 
 def row(task: str, name: str, way: str, batch: int, device_name: str, repeats: int) -> Row:
     """Measured in this process."""
-    device = torch.device(device_name)
+    device = pick_device(device_name)
     config = resolved(name)
     if way not in SHIPPED:
         precision = "bf16" if way == "bf16" else "fp32"

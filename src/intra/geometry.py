@@ -15,14 +15,14 @@ All indices start at 0 (the paper's start at 1). Height before width, rows befor
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 __all__ = ["central_windows", "covering_windows", "flatten_patches", "hidden_places", "lattice_hidden", "patchify",
            "random_windows", "touched_patches", "unflatten_patches", "unpatchify", "window_origins", "window_positions"]
 
 
-def flatten_patches(patches: Float[Tensor, "*b c k k"]) -> Float[Tensor, "*b p"]:
+def flatten_patches(patches: Shaped[Tensor, "*b c k k"]) -> Shaped[Tensor, "*b p"]:
     """Patches as vectors of length c·k·k, in the order channel, row, col; `unflatten_patches` undoes it."""
     return patches.flatten(-3)
 
@@ -33,7 +33,7 @@ def unflatten_patches(patches: Float[Tensor, "*b p"], channels: int) -> Float[Te
     return patches.unflatten(-1, (channels, side, side))
 
 
-def patchify(images: Float[Tensor, "b c h w"], patch_size: int) -> Float[Tensor, "b n p"]:
+def patchify(images: Shaped[Tensor, "b c h w"], patch_size: int) -> Shaped[Tensor, "b n p"]:
     """Every patch of the images as a vector, in the order of their positions; h and w are multiples of patch_size."""
     b, c, h, w = images.shape
     rows, cols = h // patch_size, w // patch_size

@@ -207,6 +207,28 @@ def test_the_last_block_computes_for_hidden_tokens_alone_what_it_would_for_all()
     assert seen == [4, 3]  # tokens in a row, then windows of them
 
 
+@pytest.mark.parametrize("count", [1, 3, 64, 65])
+def test_in_training_the_last_block_meets_few_shapes_and_learns_the_same(count: int):
+    torch.manual_seed(0)
+    network = build(SMALL_LATTICE).double()
+    tokens = SMALL_LATTICE.grid[0] * SMALL_LATTICE.grid[1]
+    windows = 1 + count // tokens
+    patch_dim = SMALL_LATTICE.channels * SMALL_LATTICE.patch_size**2
+    patches = torch.rand(windows, tokens, patch_dim, dtype=torch.float64)
+    positions = torch.arange(tokens).expand(windows, tokens)
+    hidden = (torch.randperm(windows * tokens) < count).reshape(windows, tokens)
+    seen, found = [], []
+    network.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    for training in (True, False):
+        network.train(training).zero_grad()
+        inpainted = network(patches, positions, hidden)
+        inpainted.square().sum().backward()
+        found.append([inpainted, *(parameter.grad for parameter in network.parameters())])
+    assert seen == [64 if count <= 64 else 128, count]
+    for in_training, as_many in zip(*found, strict=True):
+        torch.testing.assert_close(in_training, as_many)
+
+
 @pytest.mark.parametrize("config", [SMALL, SMALL_LATTICE], ids=["mean", "token"])
 def test_one_batch_is_overfitted(config):
     model = make(config)

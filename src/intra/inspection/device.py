@@ -1,9 +1,11 @@
 """Where, in which precision and in what portions the arithmetic runs."""
 
 import copy
+import ctypes
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Literal, TypeVar
 
 import torch
@@ -19,6 +21,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad allocation", "alloc_failed",
               "allocation_failed")
 
+# glibc's mallopt (malloc.h), by which the CPU's tensors are allocated on Linux
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES, LARGE_BYTES = 2**30, 2**25
+
 _Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 
@@ -30,8 +36,9 @@ class OutOfMemoryError(InTraError):
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" is CUDA's GPU if there is one that computes, else the CPU.
 
-    From then on a GPU's convolutions in fp32 keep all bits, and do the same each time. Raises InTraError for a device
-    that does not compute, and for "mps".
+    From then on a GPU's convolutions in fp32 keep all bits, and do the same each time; for the CPU, the process keeps
+    up to 1 GiB of freed memory for its next tensors. Raises InTraError for a device that does not compute, and for
+    "mps".
     """
     if name.partition(":")[0] == "mps":  # pooling to sizes that do not divide, as for a region, is wrong or missing
         raise InTraError(f"device {name!r} cannot be used: torch has not all there that a calibration needs; pass "
@@ -44,9 +51,22 @@ def pick_device(name: str) -> torch.device:
     elif (error := _failure_of(name)) is not None:
         kind = OutOfMemoryError if is_out_of_memory(error) else InTraError
         raise kind(f"device {name!r} cannot be used here ({_first_line(error)}); pass --device auto or cpu") from error
+    if name.partition(":")[0] == "cpu":
+        _keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: whitening divides small differences by small spreads
     torch.backends.cudnn.deterministic = True
     return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what is freed: by default it gives tensors of some MB back and fetches the next ones anew page by
+    page, in one training of four 6,500 pages and a seventh of the time of each step.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+            mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)  # larger ones are given back still; this is glibc's own most
 
 
 def _failure_of(name: str) -> Exception | None:

@@ -19,6 +19,7 @@ __all__ = ["InTra"]
 
 SMALL_HEAD_STD = 1e-3  # of a head that starts beside the mean image: close to it, and no weight without a gradient
 MANY_TOKENS = 1024  # from there on the fused kernel is faster, backwards too, and keeps no matrix of all pairs
+PLACES_STEP = 64  # hidden patches
 POSITION_STD = 0.02  # of the position embeddings and the hidden vector at the start, as in ViT
 
 
@@ -147,7 +148,10 @@ class InTra(nn.Module):
         places = hidden_places(hidden) if places is None else places
         tokens = self.tokens(embedded, positions, hidden)
         # no activation at the end, so pixels may leave [0, 1]
-        inpainted = self.head(self.encode(tokens).mean(1) if self.readout == "mean" else self.encode(tokens, places))
+        if self.readout == "mean":
+            inpainted = self.head(self.encode(tokens).mean(1))
+        else:
+            inpainted = self.head(self.encode(tokens, _rounded_up(places) if self.training else places))[:len(places)]
         if self.mean_patches is None:
             return inpainted
         return inpainted + F.embedding(positions.flatten()[places], self.mean_patches)
@@ -203,6 +207,14 @@ def long_residual_pairs(depth: int) -> dict[int, int]:
     {6: 0, 5: 1, 4: 2}
     """
     return {depth - 1 - first: first for first in range(depth // 2) if depth - 1 - first > first + 1}
+
+
+def _rounded_up(places: Int[Tensor, " h"]) -> Int[Tensor, " h2"]:
+    """The places, the last repeated until there are a multiple of PLACES_STEP: a training draws another number in each
+    step, and kernels for a shape not met lately are compiled anew on a CPU, 2 to 4 ms a step of `fast`.
+    """
+    lacking = -len(places) % PLACES_STEP
+    return torch.cat([places, places[-1:].expand(lacking)]) if lacking else places
 
 
 def _fused_is_faster(query: Tensor) -> bool:

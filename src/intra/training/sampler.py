@@ -122,9 +122,10 @@ class WindowSampler:
             for part in (self._which_images(step), origins, hidden, hidden_places(hidden), self.symmetries[drawn])
         )
         cut = cut_windows if device.type == "cpu" else gather_windows
-        pixels = to_unit(cut(self.images, which, origins, laid, self.patch_size, self.window_shape))
-        return Batch(patchify(pixels, self.patch_size), window_positions(origins, self.grid, self.window_shape), hidden,
-                     places, _draw_seed(self.seed, "network", step))
+        windows = cut(self.images, which, origins, laid, self.patch_size, self.window_shape)
+        patches = to_unit(patchify(windows, self.patch_size))  # in this order bytes are laid anew, not floats
+        return Batch(patches, window_positions(origins, self.grid, self.window_shape), hidden, places,
+                     _draw_seed(self.seed, "network", step))
 
     def _which_images(self, step: int) -> Int[Tensor, " b"]:
         """Shuffled so that within an epoch each image comes equally often; what is over at its end is dropped."""

@@ -4,8 +4,9 @@
     python benchmarks/ablations.py DATA/bottle --out … --only msa,l2    # some of them
     python benchmarks/ablations.py --methods                            # the list, without measuring
 
-Every method is the preset `fast` with six blocks, the paper's attention (MFSA), a learning rate along half a cosine,
-the settings below, and the same minutes of training, validation included. All but *fast* and
+Networks: each is the preset `fast` with one thing changed, and *plain* with nothing. Scorings: *base* and what changes
+one thing of it, on one network, `fast` as it was when they were measured: six blocks, the paper's attention (MFSA), a
+learning rate along half a cosine. All have the same minutes of training, validation included. All but *fast* and
 distribution_and_difference look at the difference of photo and repaired image alone (the deviation of 1 − GMS), as the
 paper does: the default's distribution also sees the photo itself, and would hide what the network is worth. Goes on
 where it was stopped, as `intra benchmark` does, and takes the weights of finished cells of the same training, where
@@ -20,8 +21,7 @@ from intra.errors import InTraError
 from intra.evaluation.benchmark import Event, benchmark
 
 MINUTES = 3.0
-# as `fast` was when the first were measured
-EVERYWHERE = {"model.attention": "mfsa", "model.depth": "6", "train.schedule": "cosine"}
+ONE_NETWORK = {"model.attention": "mfsa", "model.depth": "6", "train.schedule": "cosine"}
 DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
 
 
@@ -33,8 +33,8 @@ def window(side: int) -> dict[str, str]:
 
 
 NETWORKS: dict[str, dict[str, str]] = {
-    "base": {},
-    "msa": {"model.attention": "msa"},
+    "plain": {},
+    "mfsa": {"model.attention": "mfsa"},
     "no_long_residuals": {"model.long_residuals": "off"},
     **{f"window_{side}": window(side) for side in (3, 5, 7, 9)},
     "lattice_3": {"scoring.lattice": "3"},
@@ -44,11 +44,13 @@ NETWORKS: dict[str, dict[str, str]] = {
     "one_hidden": {"train.hidden_fraction": "none", "scoring.lattice": "4"},
     "l2": {"train.gms_weight": "0", "train.ssim_weight": "0"},
     "l2_gms": {"train.ssim_weight": "0"},
+    "l2_ssim": {"train.gms_weight": "0"},
     "side_128": {"data.image_size": "128,128", "train.batch_size": "32", "train.windows_per_image": "32"},
 }
 # the same shares of the photo are compared and blurred
 SIDES = {"side_128": {"scoring.scales": "1,2,4,8", "scoring.blur_size": "15"}}
 SCORINGS: dict[str, dict[str, str]] = {
+    "base": {},
     "scales_1": {"scoring.scales": "1"},
     "scales_1_2_4": {"scoring.scales": "1,2,4"},
     "blur_1": {"scoring.blur_size": "1"},
@@ -63,9 +65,10 @@ SCORINGS: dict[str, dict[str, str]] = {
 
 def methods(only: str | None = None) -> list[str]:
     """As `intra benchmark --method` takes them; all, or those with these names. Raises InTraError on an unknown one."""
-    found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in (NETWORKS | SCORINGS).items()}
-    found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
-    found = {name: EVERYWHERE | settings for name, settings in found.items()}
+    found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in NETWORKS.items()}
+    scorings = {name: settings | DIFFERENCE for name, settings in SCORINGS.items()}
+    scorings |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
+    found |= {name: ONE_NETWORK | settings for name, settings in scorings.items()}
     chosen = list(found) if only is None else only.split(",")
     if unknown := [name for name in chosen if name not in found]:
         raise InTraError(f"no ablation {', '.join(unknown)}; there are {', '.join(found)}")

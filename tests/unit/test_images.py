@@ -4,6 +4,8 @@ import io
 import logging
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -112,6 +114,13 @@ class TestModes:
         path = _saved(tmp_path / "a.tif", np.array([[low, high]], dtype=np.float32))
         with pytest.raises(UnreadableError, match=r"a\.tif.*\[0, 1\]"):
             read_image(path)
+
+    @pytest.mark.parametrize("value", ["[]", "None", "7"])
+    def test_anything_else_is_refused_by_its_type(self, value):
+        """In a process of its own: here the annotations would refuse it."""
+        code = f"import intra.data.images as i\ntry: i.read_image({value})\nexcept i.InTraError as error: print(error)"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert found.startswith(f"an image is a path, a PIL image or an array, not {type(eval(value)).__name__};")
 
     @pytest.mark.parametrize("values, fits", [([0, 65535], True), ([0, 65536], False), ([-1, 5], False)])
     def test_integer_grey_is_16_bit_if_it_fits(self, tmp_path, values, fits):

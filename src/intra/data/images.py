@@ -63,13 +63,16 @@ def read_image(
 
     EXIF orientation is honoured. A JPEG file may be decoded at a half, a quarter or an eighth of its sides if at
     `least` that height and width are left; None: never. Raises UnreadableError with path and reason for a file that is
-    missing, damaged, too large or no image, and InTraError for an unfit array.
+    missing, damaged, too large or no image, and InTraError for an unfit array or anything else.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, PIL.Image.Image):
         with reasons("the PIL image"):
             return pixels_of(image)
+    if not isinstance(image, str | os.PathLike):
+        raise InTraError(f"an image is a path, a PIL image or an array, not {type(image).__name__}; predict_batch takes "
+                         "a list of them")
     with opened(image) as file:
         if least is not None:
             shrink(file, part_that_suffices(file, least))

@@ -71,8 +71,8 @@ def read_image(
         with reasons("the PIL image"):
             return pixels_of(image)
     if not isinstance(image, str | os.PathLike):
-        raise InTraError(f"an image is a path, a PIL image or an array, not {type(image).__name__}; predict_batch takes "
-                         "a list of them")
+        raise InTraError(f"an image is a path, a PIL image or an array, not {type(image).__name__}; predict_batch "
+                         "takes a list of them")
     with opened(image) as file:
         if least is not None:
             shrink(file, part_that_suffices(file, least))

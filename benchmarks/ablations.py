@@ -1,7 +1,7 @@
 """What each part of the method is worth: the paper's ablations, and those that it lacks.
 
     python benchmarks/ablations.py DATA/bottle DATA/transistor --out benchmarks/results/ablations --seeds 0,1,2
-    python benchmarks/ablations.py DATA/bottle --out … --only msa,l2    # some of them
+    python benchmarks/ablations.py DATA/bottle --out … --only mfsa,l2    # some of them
     python benchmarks/ablations.py --methods                            # the list, without measuring
 
 Networks: each is the preset `fast` with one thing changed, and *plain* with nothing. Scorings: *base* and what changes

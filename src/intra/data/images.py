@@ -168,7 +168,7 @@ def pixels_digest(image: Shaped[np.ndarray, "h w c"]) -> bytes:
 
 def to_unit(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Pixels as float32 in [0, 1]: uint8 is divided by 255, float passes."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def read_set(

@@ -150,8 +150,10 @@ class InTra(nn.Module):
         # no activation at the end, so pixels may leave [0, 1]
         if self.readout == "mean":
             inpainted = self.head(self.encode(tokens).mean(1))
-        else:
-            inpainted = self.head(self.encode(tokens, _rounded_up(places) if self.training else places))[:len(places)]
+        elif self.training:
+            inpainted = self.head(self.encode(tokens, _rounded_up(places)))[:len(places)]
+        else:  # without a slice, which in a graph would fix the number of images
+            inpainted = self.head(self.encode(tokens, places))
         if self.mean_patches is None:
             return inpainted
         return inpainted + F.embedding(positions.flatten()[places], self.mean_patches)

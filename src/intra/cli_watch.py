@@ -110,7 +110,7 @@ def serve(
     from intra.deploy.serve.limits import MIB, Limits
 
     limits = Limits(waiting=queue, body_bytes=max_upload * MIB, received_bytes=max(256, 4 * max_upload) * MIB,
-                    pixels=round(max_megapixels * 1e6))
+                    pixels=(pixels := round(max_megapixels * 1e6)), store_bytes=max(256 * MIB, 16 * pixels))
 
     serve_run(run, host=host, port=port, token=_token(token_file), limits=limits, device=device, threshold=threshold,
               false_reject_rate=false_reject_rate,

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,8 @@ def test_heat_is_the_same_in_every_picture() -> None:
     assert (first[1, 1] == second[1, 1]).all()
     assert (first[0, 0] == 200).all()  # what is far below the threshold stays grey
     assert len({tuple(pixel) for pixel in (second[0, 0], second[1, 1], second[3, 3])}) == 3
+    tall = [np.tile(each, (150, 1)) for each in (photo, wild)]  # painted in portions of rows
+    assert (pictures.heatmap_overlay(*tall, 0.2) == np.tile(second, (150, 1, 1))).all()
 
 
 def test_the_colours_rise_in_lightness() -> None:
@@ -234,6 +237,16 @@ def test_an_outline_lies_around_a_defect_of_one_pixel() -> None:
     assert ring[3:6, 3:6].sum() == 8
     assert (picture[4, 4] == 7).all()
     assert (photo == 7).all()
+
+
+def test_the_outline_of_a_narrow_picture_is_no_wider_than_the_picture() -> None:
+    """Else its filters, as wide as the line, take minutes for a photo that the server accepts."""
+    photo, mask = np.zeros((10, 200_000, 3), np.uint8), np.zeros((10, 200_000), bool)
+    mask[:, 100_000] = True
+    begun = time.perf_counter()
+    ring = (pictures.outline(photo, mask) == pictures.PREDICTED).all(axis=2)
+    assert time.perf_counter() - begun < 10
+    assert (np.flatnonzero(ring.any(axis=0))[[0, -1]] == [99_990, 100_010]).all()
 
 
 def test_outlines_of_truth_and_prediction_differ() -> None:

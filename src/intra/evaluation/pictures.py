@@ -25,6 +25,7 @@ INFERNO = np.array([(0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186
                     (249, 140, 10), (249, 201, 50), (252, 255, 164)], dtype=np.float32)  # fmt: skip
 VISIBLE_FROM, FULL_AT = 1 / 3, 2 / 3  # heat at half and at twice the threshold: not painted below, strongest above
 STRONGEST = 0.8  # the photo still shows through
+ROWS_AT_ONCE = 256
 
 RGB8 = UInt8[np.ndarray, "h w 3"]
 
@@ -70,9 +71,13 @@ def heatmap_overlay(
 ) -> RGB8:
     """The grey photo with the anomaly map painted over it; red is at the threshold, yellow far above."""
     grey = to_rgb8(image).astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-    heats = heat(anomaly_map, threshold)
-    paint = paint_opacity(heats)[..., None]
-    return np.rint((1 - paint) * grey[..., None] + paint * heat_colors(heats)).astype(np.uint8)
+    picture = np.empty((*grey.shape, 3), np.uint8)
+    for row in range(0, len(grey), ROWS_AT_ONCE):  # bounds the memory of large photos
+        rows = slice(row, row + ROWS_AT_ONCE)
+        heats = heat(anomaly_map[rows], threshold)
+        paint = paint_opacity(heats)[..., None]
+        picture[rows] = np.rint((1 - paint) * grey[rows, :, None] + paint * heat_colors(heats))
+    return picture
 
 
 def outline(
@@ -83,7 +88,7 @@ def outline(
     The lines lie outside, so that the defect itself stays visible, also one of a single pixel.
     """
     picture = to_rgb8(image).copy()
-    line = max(1, round(max(mask.shape) / 160))  # px
+    line = max(1, min(round(max(mask.shape) / 160), *mask.shape))  # px; a narrow picture is no wide line
     if truth is not None:
         picture[_ring(truth, line)] = TRUTH
     picture[_ring(mask, line)] = PREDICTED

@@ -163,16 +163,26 @@ class Inspector:
         try:
             predictions = self.detector.predict_batch([photo for _, photo in group],
                                                       repair_twice=any("repaired" in job.kinds for job, _ in group))
-            for (job, photo), prediction in zip(group, predictions, strict=True):
-                pictures = draw(photo, prediction, job.kinds)
-                _settle(job, Inspected(_without_arrays(prediction), photo.shape[:2], pictures,
-                                       waited_s=taken_at - job.queued_at,
-                                       inspected_s=(time.perf_counter() - taken_at) / len(group)))
-        except Exception as error:  # the thread must live on; the client gets a 500 or 503, the log the reason
-            _log.exception("inspection failed")
+        except Exception as error:  # the thread must live on
             for job, _ in group:
-                _settle(job, _too_little_memory() if is_out_of_memory(error) else
-                        RuntimeError(f"inspection failed: {type(error).__name__}"))
+                _settle(job, _failure(error))
+            return
+        for (job, photo), prediction in zip(group, predictions, strict=True):
+            try:
+                pictures = draw(photo, prediction, job.kinds)
+            except Exception as error:  # one photo's pictures are nobody else's failure
+                _settle(job, _failure(error))
+                continue
+            _settle(job, Inspected(_without_arrays(prediction), photo.shape[:2], pictures,
+                                   waited_s=taken_at - job.queued_at,
+                                   inspected_s=(time.perf_counter() - taken_at) / len(group)))
+
+
+def _failure(error: Exception) -> Exception:
+    """What the client gets, a 500 or 503; the log has the reason."""
+    _log.error("inspection failed", exc_info=error)
+    return _too_little_memory() if is_out_of_memory(error) else RuntimeError(
+        f"inspection failed: {type(error).__name__}")
 
 
 def _too_little_memory() -> BusyError:

@@ -63,6 +63,12 @@ class TestFiles:
         assert synced[0].endswith(".part")
         assert synced[1] == str(tmp_path.resolve())
 
+    @pytest.mark.parametrize("mask", ["077", "002"])
+    def test_who_may_read_a_file_is_for_the_umask_to_say(self, tmp_path, mask):
+        code = "from pathlib import Path; from intra.data.files import write_atomically as w; w(Path('file'), 'text')"
+        subprocess.run(["sh", "-c", f'umask {mask}; exec "$0" -c "$1"', sys.executable, code], check=True, cwd=tmp_path)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~int(mask, 8)
+
     def test_a_read_only_folder(self):
         with read_only_folder() as folder, pytest.raises(InTraError, match="choose another --out"):
             write_atomically(folder / "file", "text")

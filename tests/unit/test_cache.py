@@ -59,6 +59,22 @@ def test_the_second_time_nothing_is_decoded(paths, folder, decoded):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_that_is_others_too_stays_as_it_is(paths, folder, monkeypatch):
+    folder.mkdir(mode=0o755)
+    theirs = [folder / "raw.f32", folder / ".download.part", folder / f"{'x' * 64}.u8"]
+    for path in theirs:
+        path.write_bytes(bytes(1000))
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(cache, "MOST_BYTES", 1000)
+    read(paths, size=(4, 4))
+    read(paths, size=(8, 8))  # for which the first has to go
+    (own,) = set(folder.iterdir()) - set(theirs)
+    assert own.stat().st_size == 5 * 3 * 8 * 8
+    assert own.stat().st_mode & 0o777 == 0o600
+    assert all(path.exists() for path in theirs)
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
 def test_what_is_written_into_the_pixels_stays_in_this_process(paths, folder):
     read(paths)[0] = 7
     assert torch.equal(read(paths), read_set(paths, **SETTINGS))

@@ -23,6 +23,7 @@ __all__ = ["cache_folder", "cached_set"]
 
 FORMAT = 1  # counts up when `read_set` makes other pixels of the same file
 MOST_BYTES = 8 * 2**30  # of all files; the longest unused are removed
+KEYS = "[0-9a-f]" * 64  # the folder may be others' too: what is not named so is not ours
 DTYPES = {"u8": torch.uint8, "f32": torch.float32}  # by the file's suffix
 
 
@@ -54,10 +55,9 @@ def cached_set(
     suffix = next(name for name, dtype in DTYPES.items() if dtype == images.dtype)
     file = folder / f"{key}.{suffix}"
     with contextlib.suppress(InTraError, OSError, RuntimeError):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # others' photos are no one's business
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _make_room(folder, images.nbytes)
-        with whole_file(file) as opened:
+        with whole_file(file, mode=0o600) as opened:  # others' photos are no one's business
             for image in images:
                 opened.write(image.numpy().tobytes())
         return _mapped(file, shape)
@@ -78,8 +78,8 @@ def _make_room(folder: Path, num_bytes: int) -> None:
     """Removes what was not used for longest, so that so many bytes more fit. Raises OSError if they never do."""
     if num_bytes > MOST_BYTES:
         raise OSError("a set larger than the cache")
-    remove_leftovers(folder)
-    files = [(path, path.stat()) for suffix in DTYPES for path in folder.glob(f"*.{suffix}")]
+    remove_leftovers(folder, of=f"{KEYS}.*")
+    files = [(path, path.stat()) for suffix in DTYPES for path in folder.glob(f"{KEYS}.{suffix}")]
     files.sort(key=lambda each: each[1].st_mtime)
     total = num_bytes + sum(stat.st_size for _, stat in files)
     for path, stat in files:

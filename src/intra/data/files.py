@@ -14,7 +14,8 @@ from intra.errors import InTraError
 __all__ = ["listed", "name_below", "printable", "remove_leftovers", "sha256_of", "whole_file", "write_atomically"]
 
 MAX_LISTED = 5  # names in one message
-LEFTOVER = ".*.part"  # what a process that was killed while it wrote has left; no one reads files of that name
+_UMASK = os.umask(0o022)  # there is no way to read it but to set it
+os.umask(_UMASK)
 LEFTOVER_AGE_S = 600  # a file that still grows is younger: another process may be writing it
 
 
@@ -67,7 +68,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, mode: int = 0o666 & ~_UMASK) -> Iterator[BinaryIO]:
     """A file to write to that takes its place at the end, as `write_atomically` does, or not at all after an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp's own is for the owner alone
+            Path(temporary).chmod(mode)  # mkstemp's own is for the owner alone
             Path(temporary).replace(path)
             _sync_folder(path.parent)
         except BaseException:
@@ -89,9 +90,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                          ) from error
 
 
-def remove_leftovers(folder: Path, *, older_than_s: float = LEFTOVER_AGE_S) -> None:
-    """Removes what killed processes have left directly in a folder, so that kills do not fill the disk."""
-    for path in folder.glob(LEFTOVER):
+def remove_leftovers(folder: Path, *, of: str = "*", older_than_s: float = LEFTOVER_AGE_S) -> None:
+    """Removes what processes that were killed while they wrote files of these names (a pattern) have left directly in a
+    folder, so that kills do not fill the disk. No one reads files of that name.
+    """
+    for path in folder.glob(f".{of}.part"):
         with suppress(OSError):  # another process may have been quicker, or own it
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()

@@ -117,12 +117,14 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
         require_enough(category)
     if roi is not None:
         _check_region(roi, categories)
+    asked = {"preset": preset, "image_size": image_size, "minutes": minutes, "epochs": epochs, "steps": steps,
+             "seed": seed, "settings": _pairs(settings)}
+    folders = [out / category.name if len(categories) > 1 else out for category in categories]
+    if resume:
+        _check_the_others(folders, asked)
     interrupted = False
-    for category in categories:
-        folder = out / category.name if len(categories) > 1 else out
-        interrupted = _train_one(category, folder, preset=preset, image_size=image_size, minutes=minutes, epochs=epochs,
-                                 steps=steps, seed=seed, device=device, resume=resume, settings=_pairs(settings),
-                                 roi=roi)
+    for category, folder in zip(categories, folders, strict=True):
+        interrupted = _train_one(category, folder, device=device, resume=resume, roi=roi, **asked)
         if interrupted:
             break
     if interrupted:
@@ -289,6 +291,16 @@ def _check_region(roi: Path, categories: "list[Category]") -> None:
         sizes = [read_info(path).size for path in category.train]
         check_roi(mask, sizes)
         say(make_console(), f"{category.name}: {roi_text(mask, sizes)}")
+
+
+def _check_the_others(folders: list[Path], asked: dict[str, Any]) -> None:
+    """Of a call that was stopped, those categories that it had not come to are begun with what it asked for."""
+    from intra.training.checkpoint import CHECKPOINT_FILE
+    from intra.training.run import refuse_to_begin_otherwise
+
+    begun = [folder for folder in folders if (folder / CHECKPOINT_FILE).exists()]
+    if 0 < len(begun) < len(folders):
+        refuse_to_begin_otherwise(begun[0], **asked)
 
 
 def _train_one(category: "Category", folder: Path, **options: Any) -> bool:

@@ -147,7 +147,7 @@ class TrainConfig:
     turns: Literal["auto", "on", "off"] = "on"  # quarter turns
     max_epochs: int | None = 200  # the budget if none is given
     max_steps: int | None = None
-    max_minutes: float | None = None  # with max_steps: whichever ends first
+    max_minutes: float | None = None  # of max_epochs, max_steps and max_minutes whichever ends first
     patience: int | None = 50  # epochs without a better validation loss
     gradient_clip: float | None = None  # largest norm
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the machine computes it natively

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_resume_on_the_command_line(trained, photos):
     assert "after 6 steps" in intra("train", photos / "gear", "--out", trained / "gear", "--steps", 6, "--resume")
 
 
+def test_categories_that_a_stopped_call_had_not_come_to_are_begun_as_it_asked(trained, photos, tmp_path):
+    shutil.copytree(trained / "fabric", tmp_path / "fabric")  # and gear is still to come
+    resumed = "train", photos, "--out", tmp_path, "--resume"
+    said = intra(*resumed, "--seed", 3, "--steps", 4, "--image-size", 64, *SETTINGS, code=2)
+    assert "seed=0, asked is 3" in said
+    assert "model.embed_dim=48, asked is 192" in intra(*resumed, code=2)  # a preset that it was not begun with
+    assert "steps=4, asked is 5" in intra(*resumed, "--steps", 5, "--image-size", 64, *SETTINGS, code=2)
+    assert not (tmp_path / "gear").exists()
+    assert "gear: trained after 4 steps" in intra(*resumed, "--steps", 4, "--image-size", 64, *SETTINGS)
+
+
 def test_predict_files_and_folders(trained, photos, tmp_path):
     folder = tmp_path / "new"
     folder.mkdir()
@@ -109,6 +121,15 @@ def test_predict_files_and_folders(trained, photos, tmp_path):
     for kind in ("overlay", "outline", "repaired", "mask"):
         with PIL.Image.open(tmp_path / "out" / "images" / f"part 0_{kind}.png") as picture:
             assert picture.size == (64, 64)
+
+
+def test_predict_does_not_inspect_its_own_pictures(trained, photos, tmp_path, monkeypatch):
+    folder = shutil.copytree(photos / "gear" / "test" / "dent", tmp_path / "new")
+    count = len(list(folder.iterdir()))
+    monkeypatch.chdir(folder)
+    for given in (folder, ".", folder):
+        intra("predict", trained / "gear", given, "--out", "verdicts", "--save-images")
+        assert len((folder / "verdicts" / "predictions.jsonl").read_text().splitlines()) == count
 
 
 def test_an_unreadable_file_is_told_and_the_others_are_inspected(trained, photos, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,8 +24,9 @@ from intra.config import preset
 from intra.data.folder import find_categories, find_category
 from intra.errors import InTraError
 from intra.inspection.detector import Detector
+from intra.inspection.device import OutOfMemoryError
 from intra.training import engine
-from intra.training.run import Run, recalibrate, train
+from intra.training.run import Run, _on_the_device, recalibrate, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 
@@ -226,6 +228,30 @@ def test_resume_without_a_checkpoint_begins(photos, tmp_path):
     assert train(photos / "gear", tmp_path, steps=2, image_size=64, settings=TINY, resume=True).num_steps == 2
 
 
+def test_what_was_asked_for_is_on_the_disk_before_the_first_step(photos, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_step", killed)
+        train(photos / "gear", tmp_path, steps=3, image_size=64, settings=TINY, seed=7)
+    run = train(photos / "gear", tmp_path, resume=True)
+    assert run.num_steps == 3
+    provenance = Detector.load(run.path).info
+    assert provenance["provenance"]["seed"] == 7
+    assert provenance["config"]["model"]["embed_dim"] == 48
+
+
+def test_photos_that_no_memory_holds_are_one_line(photos, tmp_path, monkeypatch):
+    class Large(torch.Tensor):
+        def to(self, *args, **kwargs):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    large = torch.zeros(2, 3, 4, 4).as_subclass(Large)
+    with pytest.raises(OutOfMemoryError, match="does not suffice for 4 photos; pass --device cpu"):
+        _on_the_device((large, large), torch.device("cpu"))
+
+
 def test_budgets(photos, tmp_path):
     timed = train(photos / "gear", tmp_path / "m", minutes=0.02, image_size=64, settings=TINY)
     assert 1.2 <= timed.elapsed_s < 20
@@ -233,6 +259,12 @@ def test_budgets(photos, tmp_path):
     assert rates[-1] < 0.2 * preset("fast").train.learning_rate  # the schedule has come to its end
     epochs = train(photos / "gear", tmp_path / "e", epochs=2, image_size=64, settings=TINY)
     assert [row["epoch"] for row in log_of(epochs.path)] == ["1", "2"]
+    settings = TINY | {"train.max_epochs": "1"}  # the preset's steps and minutes are more
+    assert train(photos / "gear", tmp_path / "own", image_size=64, settings=settings).num_steps == (
+        int(log_of(epochs.path)[0]["step"]))
+    for none in (math.inf, math.nan):
+        with pytest.raises(InTraError, match="--minutes must be above 0, and a number"):
+            train(photos / "gear", tmp_path / "b", minutes=none, image_size=64, settings=TINY)
     with pytest.raises(InTraError, match="one budget"):
         train(photos / "gear", tmp_path / "b", steps=1, epochs=1, image_size=64, settings=TINY)
     with pytest.raises(InTraError, match="above 0"):
@@ -244,6 +276,17 @@ def test_patience_ends_training(photos, tmp_path):
                        "train.schedule": "constant", "train.warmup_fraction": "0"}
     stopped = train(photos / "gear", tmp_path, steps=500, image_size=64, settings=settings)
     assert stopped.num_steps < 200
+
+
+def test_checkpoints_that_take_long_are_written_more_seldom(photos, tmp_path, monkeypatch):
+    written = []
+    original = engine.save_checkpoint
+    monkeypatch.setattr(engine, "save_checkpoint", lambda *args, **kw: written.append(1) or original(*args, **kw))
+    monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", 1e-9)
+    for name, least_s in (("often", 1.5), ("seldom", 1e-15)):  # of the second each takes a million times that
+        monkeypatch.setattr(engine, "CHECKPOINT_S", least_s)
+        train(photos / "gear", tmp_path / name, steps=6, image_size=64, settings=TINY)
+    assert len(written) == (1 + 5 + 1) + (1 + 1)  # before the first step, after each, and at the end
 
 
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):

@@ -128,7 +128,6 @@ class OneDevice(Fabric):
         moved = dict(zip(map(id, old), model.parameters(), strict=True))
         for group in optimizer.param_groups:
             group["params"] = [moved[id(each)] for each in group["params"]]
-        model.mark_forward_method = lambda name: None  # type: ignore[assignment]
         return model, optimizer
 
     def autocast(self) -> Any:

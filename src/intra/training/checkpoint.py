@@ -41,7 +41,7 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
     # separate storages: safetensors refuses tensors that share memory, as `best` may with `model`
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     header = {"version": CHECKPOINT_VERSION, "progress": asdict(progress), "identity": identity}
     write_atomically(path, save(tensors, metadata={"intra_checkpoint": json.dumps(header)}))
 

@@ -29,6 +29,7 @@ from intra.training.sampler import Batch, WindowSampler
 __all__ = ["Budget", "Fitted", "Report", "fit"]
 
 CHECKPOINT_EVERY_S = 30.0
+CHECKPOINT_S = 1.5  # one that takes longer is written more seldom
 DECAY_SHARE = 0.2  # of the budget
 IMAGES_PER_CHUNK = 8  # validated at a time
 REPORT_EVERY_S = 0.5
@@ -78,10 +79,11 @@ def fit(  # noqa: PLR0913  all but three by keyword
 ) -> Fitted:  # fmt: skip
     """Trains the network and leaves the weights of the best validation loss in it.
 
-    Validates at the end of every epoch and of the budget, on every patch of the validation images. Writes log.csv,
-    and last.ckpt about every half minute. SIGINT and SIGTERM end it after the step in progress, with a checkpoint.
-    A loss that is no longer a number ends it too; `diverged` then says where. Raises InTraError if that comes before
-    the first validation, the memory does not suffice or the disk is full.
+    Validates at the end of every epoch and of the budget, on every patch of the validation images. Writes log.csv, and
+    last.ckpt at first and about every half minute, more seldom where that takes more than a twentieth of the time.
+    SIGINT and SIGTERM end it after the step in progress, with a checkpoint. A loss that is no longer a number ends it
+    too; `diverged` then says where. Raises InTraError if that comes before the first validation, the memory does not
+    suffice or the disk is full.
     """
     optimizer = _optimizer(model, config)
     checkpoint = out / CHECKPOINT_FILE
@@ -90,16 +92,20 @@ def fit(  # noqa: PLR0913  all but three by keyword
     if resume:  # after the set-up, which moves the weights to the device, but nothing of the optimiser
         progress, best = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         progress.finished = _is_finished(progress, config, budget)  # the budget may be another one now
-    if model_config.segmenter_width:
-        network.mark_forward_method("segment")
     log = _Log(out, keep_until=progress.step)
     meter = _Meter(progress, unit="images/s" if sampler.window_shape == sampler.grid else "windows/s")
-    saved_at = time.monotonic()
+    saved_at, saving_s = time.monotonic(), 0.0
 
     def checkpoint_now() -> None:
+        nonlocal saved_at, saving_s
         _refuse_nan(meter.last_loss, meter, checkpoint)
+        begun = time.monotonic()
         save_checkpoint(checkpoint, model=model, best=best, optimizer=optimizer, progress=progress, identity=identity)
+        saved_at = time.monotonic()
+        saving_s = saved_at - begun
 
+    if not resume:  # whatever is asked for is on the disk before the first step, and so is the room for it
+        checkpoint_now()
     with stop_on_signal() as stop, _divergence(progress) as diverged:
         while not progress.finished and not stop.is_set():
             rate = _learning_rate(config, budget.spent(progress.step, progress.elapsed_s))
@@ -120,9 +126,9 @@ def fit(  # noqa: PLR0913  all but three by keyword
                 log.write(progress, sampler.steps_per_epoch, rate, meter, held_out_loss)
                 _judge(meter, held_out_loss, model, best, checkpoint)
                 progress.finished = _is_finished(progress, config, budget)
-            if time.monotonic() - saved_at > CHECKPOINT_EVERY_S and not progress.finished:
+            wait_s = CHECKPOINT_EVERY_S * max(1.0, saving_s / CHECKPOINT_S)
+            if time.monotonic() - saved_at > wait_s and not progress.finished:
                 checkpoint_now()
-                saved_at = time.monotonic()
         checkpoint_now()
     log.close()
     if progress.best_step:  # else it was stopped before the first validation: the last weights are the best known

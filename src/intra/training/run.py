@@ -4,7 +4,7 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from intra.geometry import patchify
 from intra.inspection.anomaly import evidence_kinds
 from intra.inspection.calibration import check_held_out
 from intra.inspection.detector import Detector, refuse_exported
-from intra.inspection.device import pick_device, uses_bf16
+from intra.inspection.device import OutOfMemoryError, is_out_of_memory, pick_device, uses_bf16
 from intra.inspection.model_file import MODEL_FILE
 from intra.inspection.region import Region
 from intra.models import InTra, build
@@ -116,9 +116,9 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     else:
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, mask,
                                 out)
-    training, validation = (images.to(chosen) for images in _read_split(category, config, seed, fingerprints))
+    training, validation = _on_the_device(_read_split(category, config, seed, fingerprints), chosen)
     region = None if mask is None else _region(mask, config, training)
-    shown, shown_held_out = (images if region is None else region.shown(images) for images in (training, validation))
+    shown, held_out = (images if region is None else region.shown(images) for images in (training, validation))
     sampler = _sampler(shown, config, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -131,7 +131,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     identity |= {} if mask is None else {"roi": roi_digest(mask)}
     save_roi(mask, out / ROI_FILE)
     fitted = fit(
-        model, sampler, shown_held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
+        model, sampler, held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
         budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
         resume=stored is not None, on_report=on_report,
     )  # fmt: skip
@@ -246,6 +246,38 @@ def _nearby(side: int, patch_size: int) -> int:
     return max(1, round(side / patch_size)) * patch_size
 
 
+def refuse_to_begin_otherwise(
+    begun: Path, *, preset: str | None, image_size: str | int | tuple[int, int] | None, seed: int,
+    settings: Mapping[str, str] | None, minutes: float | None, epochs: int | None, steps: int | None,
+) -> None:  # fmt: skip
+    """Raises InTraError if the run in this folder was begun with another preset, size, seed, setting or budget. For the
+    categories that a call with several had not come to before it was stopped.
+    """
+    stored = read_header(begun / CHECKPOINT_FILE)["identity"]
+    wanted = _wanted(preset, image_size, settings)
+    others = _other_settings(Config.from_dict(stored["config"]), wanted)
+    others += [f"seed={stored['seed']}, asked is {seed}"] * (seed != stored["seed"])
+    if epochs is None and not (minutes is None and steps is None and wanted.train.max_epochs):  # epochs of how many?
+        budget = asdict(_budget(wanted, minutes, None, steps, 1, None))
+        others += [f"{name}={stored['budget'][name]}, asked is {value}" for name, value in budget.items()
+                   if value != stored["budget"][name]]
+    if others:
+        raise InTraError(f"{begun} was begun with {_listed(others)}; add --resume to the very options of the first "
+                         "call, as some categories are still to be begun")
+
+
+def _other_settings(old: Config, wanted: Config) -> list[str]:
+    """Where they differ in anything but what the photos decide."""
+    asked = replace(wanted, model=replace(wanted.model, grid=old.model.grid, channels=old.model.channels),
+                    data=replace(wanted.data, box=old.data.box))
+    before, new = flat(old.to_dict()), flat(asked.to_dict())
+    return [f"{key}={before[key]}, asked is {new[key]}" for key in new if before[key] != new[key]]
+
+
+def _listed(others: Sequence[str]) -> str:
+    return "; ".join([*others[:SETTINGS_TOLD], *["…"] * (len(others) > SETTINGS_TOLD)])
+
+
 def _resumed(
     stored: Mapping[str, Any], wanted: Config | None, seed: int, fingerprints: Mapping[str, str],
     mask: Bool[np.ndarray, "h w"] | None, out: Path,
@@ -255,15 +287,9 @@ def _resumed(
     if stored["training_images"] != dict(fingerprints):
         raise InTraError(f"the images are no longer those with which {out} was begun; put them back, or train anew "
                          "into another --out")
-    if wanted is not None:
-        asked = replace(wanted, model=replace(wanted.model, grid=config.model.grid, channels=config.model.channels),
-                        data=replace(wanted.data, box=config.data.box))
-        if asked != config:
-            old, new = flat(config.to_dict()), flat(asked.to_dict())
-            others = [f"{key}={old[key]}, asked is {new[key]}" for key in new if old[key] != new[key]]
-            listed = "; ".join(others[:SETTINGS_TOLD] + ["…"] * (len(others) > SETTINGS_TOLD))
-            raise InTraError(f"{out} was begun with other settings ({listed}); resume without --preset, --image-size "
-                             "and --set, or train anew into another --out")
+    if wanted is not None and (others := _other_settings(config, wanted)):
+        raise InTraError(f"{out} was begun with other settings ({_listed(others)}); resume without --preset, "
+                         "--image-size and --set, or train anew into another --out")
     if stored.get("roi") != (None if mask is None else roi_digest(mask)):
         begun = "another region of interest" if stored.get("roi") else "no region of interest"
         raise InTraError(f"{out} was begun with {begun}; resume without --roi and with {ROI_FILE} as it was, or train "
@@ -302,6 +328,18 @@ def _read_split(
     return training, validation
 
 
+def _on_the_device(
+    photos: tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]], device: torch.device
+) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
+    try:
+        return photos[0].to(device), photos[1].to(device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"the memory of {device} does not suffice for {sum(map(len, photos))} photos; pass "
+                               "--device cpu, or a smaller --image-size") from error
+
+
 def _region(mask: Bool[np.ndarray, "i j"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:
     """The region that a mask marks in the images that were cut out of the photos."""
     assert config.data.box is not None, "a mask has a box"
@@ -337,21 +375,23 @@ def _budget(
              if value is not None]
     if len(given) > 1:
         raise InTraError(f"give one budget, not {' and '.join(given)}")
-    if given and not min(value for value in (minutes, epochs, steps) if value is not None) > 0:
-        raise InTraError(f"{given[0]} must be above 0")
+    if given and not 0 < min(value for value in (minutes, epochs, steps) if value is not None) < math.inf:
+        raise InTraError(f"{given[0]} must be above 0, and a number")
     if minutes is not None:
         return Budget(seconds=minutes * 60)
     if steps is not None:
         return Budget(steps=steps)
     if epochs is None and stored is not None:
         return Budget(**stored["budget"])
-    if epochs is None and (config.train.max_steps or config.train.max_minutes):
-        return Budget(config.train.max_steps, config.train.max_minutes and config.train.max_minutes * 60)
-    epochs = epochs if epochs is not None else config.train.max_epochs
-    if epochs is None:
+    if epochs is not None:
+        return Budget(steps=epochs * steps_per_epoch)
+    own = config.train
+    in_steps = own.max_steps, None if own.max_epochs is None else own.max_epochs * steps_per_epoch
+    limits = [limit for limit in in_steps if limit is not None]
+    if not limits and own.max_minutes is None:
         raise InTraError("no budget: give --minutes, --epochs or --steps, or set train.max_steps, train.max_minutes or "
                          "train.max_epochs")
-    return Budget(steps=epochs * steps_per_epoch)
+    return Budget(min(limits, default=None), None if own.max_minutes is None else own.max_minutes * 60)
 
 
 def _fabric(device: torch.device, config: Config) -> Fabric:

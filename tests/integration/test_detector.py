@@ -284,6 +284,7 @@ def test_an_anomalous_photo_is_repaired_from_a_context_without_its_defect(detect
     once, maps = detector.inspect(pixels)
     cleaned = torch.where(maps[1] > detector.threshold, once[1].clamp(0, 1), pixels[1])
     twice = detector.inspect(cleaned[None])[0][0]
+    assert torch.equal(detector.repaired(cleaned[None])[0], twice)
     found = detector.predict_batch([defective, good, defective])
     assert [each.is_anomalous for each in found] == [True, False, True]
     for prediction, known in zip(found, (twice, once[0], twice), strict=True):

@@ -208,7 +208,7 @@ def _photos(config: Config, category: Category | None) -> tuple[list[Tensor], li
     if category is None:
         return _built_in(config.model), []
     tests: Sequence[LabelledImage] = category.test
-    paths = [*category.train, *(test.path for test in tests if test.path not in set(category.train))]
+    paths = list(dict.fromkeys([*category.train, *(test.path for test in tests)]))
     compared = _prepared([paths[index] for index in _spread(len(paths), NUM_COMPARED)], config)
     if len({test.label for test in tests}) < 2:
         return compared, []

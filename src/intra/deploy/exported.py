@@ -71,6 +71,10 @@ class ExportedDetector(Detector):
         self.graph = graph
         self.export = export
 
+    def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The repaired images alone; the graph makes the maps in any case."""
+        return self.inspect(images)[0]
+
     def inspect(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b h w"]]:
         """The repaired images and the anomaly maps of images in [0, 1], of the model's own size."""
         photos = (images * LEVELS).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()

@@ -164,7 +164,8 @@ def _split(maps: Maps, masks: Masks) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """The values of all good pixels, of all anomalous pixels, and of each of these 1 / the area of its region."""
     if len(maps) != len(masks):
         raise InTraError(f"{len(maps)} anomaly maps came with {len(masks)} masks; pass one mask for each map")
-    good: list[np.ndarray] = [np.empty(0, np.float32)]
+    dtype = np.result_type(np.float32, *{anomaly_map.dtype for anomaly_map in maps})
+    good, num_good = np.empty(sum(mask.size - np.count_nonzero(mask) for mask in masks), dtype), 0
     anomalous: list[np.ndarray] = [np.empty(0, np.float32)]
     weights: list[np.ndarray] = [np.empty(0)]
     for anomaly_map, mask in zip(maps, masks, strict=True):
@@ -172,12 +173,14 @@ def _split(maps: Maps, masks: Masks) -> tuple[np.ndarray, np.ndarray, np.ndarray
             raise InTraError(f"an anomaly map of {anomaly_map.shape} px came with a mask of {mask.shape} px; "
                              "both must have the size of the image")
         _refuse_nan(anomaly_map)
-        good.append(anomaly_map[~mask])
+        part = anomaly_map[~mask]
+        good[num_good : num_good + len(part)] = part
+        num_good += len(part)
         if mask.any():
             regions = ndimage.label(mask, structure=TOUCHING)[0][mask]
             anomalous.append(anomaly_map[mask])
             weights.append(1 / np.bincount(regions)[regions])
-    return np.concatenate(good), np.concatenate(anomalous), np.concatenate(weights)
+    return good, np.concatenate(anomalous), np.concatenate(weights)
 
 
 def _unusable(scores: Scores, labels: Labels) -> bool:

@@ -233,6 +233,11 @@ class Detector:
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
                                      inside=self.region.inside if self.region else None)
 
+    def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """The repaired images alone, in less time than `inspect` takes for them."""
+        return repair(self._network, images, model_config=self.config.model, scoring=self.config.scoring, kinds=(),
+                      region=self.region)[0]
+
     def _predict_arrays(self, arrays: Sequence[np.ndarray], repair_twice: bool) -> list[Prediction]:
         parts = in_chunks(lambda start, stop: self._predict_at_once(arrays[start:stop], repair_twice), len(arrays),
                           len(arrays))
@@ -263,7 +268,7 @@ class Detector:
         a defect beside it.
         """
         flagged = (maps > self.threshold)[:, None]
-        return self.inspect(torch.where(flagged, repaired.clamp(0, 1), images))[0]
+        return self.repaired(torch.where(flagged, repaired.clamp(0, 1), images))
 
     def _with_moved_parts(
         self, setup: Setup, images: Float[Tensor, "b c h w"], scores: Sequence[float], checks: list[SetupCheck]

@@ -170,7 +170,7 @@ def _moments(
     count = features.shape[2]
     variance = away.square().sum(2).mean(0) / max(1, count - 1)
     std = (variance + LEAST_VARIANCE).sqrt()
-    away = away / std[:, None]
+    away /= std[:, None]  # in place: GB
     flat = away.flatten(0, 1)
     lengths, directions = torch.linalg.eigh(flat.T @ flat)  # ascending
     first = slice(count - min(num_modes, count // IMAGES_PER_MODE), count)

@@ -106,13 +106,17 @@ def _examined(
 
     def examined(images: Tensor, num_before: int) -> tuple[Tensor, list[Tensor]]:
         found = [torch.zeros(0, len(kinds) - (describe is not None), *images.shape[-2:])]
-        features: list[list[Tensor]] = []
+        features: list[Tensor] = []
+        start = 0
         for photos, repaired, evidence in _inspected(model, config, kinds, on_calibration, images, num_before, total,
                                                      region):
             found.append(evidence.cpu())
-            if describe:
-                features.append(describe(photos, repaired))
-        return torch.cat(found), [torch.cat(parts, dim=2) for parts in zip(*features, strict=True)]
+            parts = describe(photos, repaired) if describe else []
+            features = features or [part.new_empty(*part.shape[:2], len(images)) for part in parts]  # GB: no copy
+            for whole, part in zip(features, parts, strict=True):
+                whole[..., start : start + len(photos)] = part
+            start += len(photos)
+        return torch.cat(found), features
 
     return examined(training[chosen.to(training.device)], 0), examined(validation, count)
 

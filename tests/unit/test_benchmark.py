@@ -155,7 +155,8 @@ def test_the_fingerprint_is_of_names_photos_and_masks(photos, tmp_path):
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"seeds": [0, 0]}, "--seeds is 0,0"), ({"seeds": []}, "--seeds is empty"), ({"jobs": 0}, "--jobs is 0"),
     ({"steps": 3, "minutes": 1.0}, "one budget, not --steps and --minutes"), ({"steps": 0}, "--steps must be above 0"),
-    ({"methods": ["fsat"]}, "did you mean 'fast'"), ({"methods": ["a: fast train.max_steps=none"]}, "a has no budget"),
+    ({"methods": ["fsat"]}, "did you mean 'fast'"),
+    ({"methods": ["a: fast train.max_steps=none train.max_minutes=none"]}, "a has no budget"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_runs(photos, tmp_path, arguments, said):
     with pytest.raises(InTraError, match=said):

@@ -157,14 +157,16 @@ def _methods(
 
 
 def _own_budget(method: Method) -> dict[str, int | float]:
-    """The preset's own budget, said aloud: the preset may change."""
+    """The preset's own budget, said aloud: the preset may change. Of several the steps: everywhere the same work."""
     config = method.config.train
     if config.max_steps is not None:
         return {"steps": config.max_steps}
     if config.max_epochs is not None:
         return {"epochs": config.max_epochs}
-    raise InTraError(f"{method.name} has no budget: give --minutes, --epochs or --steps, or set train.max_steps or "
-                     "train.max_epochs")
+    if config.max_minutes is not None:
+        return {"minutes": config.max_minutes}
+    raise InTraError(f"{method.name} has no budget: give --minutes, --epochs or --steps, or set train.max_steps, "
+                     "train.max_epochs or train.max_minutes")
 
 
 def _categories(places: Sequence[str | Path]) -> list[Category]:

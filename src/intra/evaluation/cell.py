@@ -22,7 +22,7 @@ from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.methods import Method
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import MODEL_FILE
-from intra.provenance import commit_of_the_code
+from intra.provenance import code_sha256, commit_of_the_code
 from intra.training.checkpoint import CHECKPOINT_FILE
 from intra.training.engine import Report
 from intra.training.run import Run, recalibrate, train
@@ -31,7 +31,8 @@ __all__ = ["CELLS_FOLDER", "Cell", "Stopped", "fingerprint_of", "run_cell", "wor
 
 CELLS_FOLDER = "cells"  # below `out`
 ASKED_FILE = "asked.json"  # in the run's folder: what was asked for when it was begun
-SAID_BY_THE_BUDGET = ("train.max_steps", "train.max_epochs")  # settings that count only without a budget
+# settings that count only without a budget
+SAID_BY_THE_BUDGET = ("train.max_steps", "train.max_epochs", "train.max_minutes")
 ELSEWHERE = ("images", "model", "provenance", "peak_memory_mib")  # of results.json: left out, or named otherwise
 
 Tell = Callable[[float, str], None]  # share done, and what a person reads; raises Stopped
@@ -148,7 +149,7 @@ def work(cell: Cell, connection: Connection) -> None:
 
 def run_cell(cell: Cell, tell: Tell) -> dict[str, Any]:
     """Trains or recalibrates, evaluates, and writes the cell's file, whose content it returns."""
-    commit = commit_of_the_code()  # of the code that runs, before anybody changes it
+    commit, code = commit_of_the_code(), code_sha256()  # of the code that runs, before anybody changes it
     run = _weights(cell, tell)
     detector = Detector.load(run.path, device=cell.device)
     results = evaluate_category(detector, cell.category, out=cell.run / "results", save_maps=False,
@@ -166,12 +167,13 @@ def run_cell(cell: Cell, tell: Tell) -> dict[str, Any]:
                  "image_size": list(detector.config.model.image_size)},
         "hardware": results["provenance"]["hardware"] | {"jobs": cell.jobs},
         "commit": commit,
+        "code_sha256": code,  # also where there is no checkout
         "versions": results["provenance"]["versions"],
         "date": results["provenance"]["date"],
         "weights_from": cell.weights_from,
         "training": _training(run, detector),
         "num_parameters": sum(parameter.numel() for parameter in detector.model.parameters()),
-        "peak_memory_mib": results["peak_memory_mib"],  # of this process alone: training and evaluation
+        "peak_memory_mib": results["peak_memory_mib"],  # of this process alone, which may have resumed a training
         "peak_gpu_memory_mib": _peak_gpu_memory_mib(detector.device),
         "results": {key: value for key, value in results.items() if key not in ELSEWHERE},
         "asked": cell.asked,

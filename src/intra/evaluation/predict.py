@@ -49,7 +49,8 @@ def predict_files(
     how many are done, and how many there are. Raises InTraError if there is no image.
     """
     out = Path(out)
-    files = [path for path in image_files(images) if out / PICTURES_FOLDER not in path.parents]  # not its own pictures
+    own = (out / PICTURES_FOLDER).resolve()
+    files = [path for path in image_files(images) if own not in path.resolve().parents]
     names = _unique_names(files)
     unreadable = []
     try:

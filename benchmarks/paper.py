@@ -2,10 +2,12 @@
 
     python benchmarks/paper.py mvtec/bottle --out runs/paper_bottle --minutes 25
 
-trains the preset `paper` for 25 minutes more, from where the folder's last.ckpt stands; evaluates; appends a line to
-progress.jsonl; and prints all sittings beside the paper's figures. The full budget is 200 epochs of 600 windows an
-image, or 50 epochs without a better validation loss. FLOPs are counted on one training step, forward and backward, by
-torch.utils.flop_counter; validation counts in the time, but not in the FLOPs.
+trains the preset `paper` for 25 minutes more, from where the folder's last.ckpt stands; appends a line to
+progress.jsonl; evaluates, which completes the line; and prints all sittings beside the paper's figures. Reading,
+calibration and evaluation come on top of the minutes. A sitting that is killed while it trains leaves a checkpoint,
+and one that is killed while it evaluates a line without AUROC: the next goes on from there. The full budget is 200
+epochs of 600 windows an image, or 50 epochs without a better validation loss. FLOPs are counted on one training step,
+forward and backward, by torch.utils.flop_counter; validation counts in the time, but not in the FLOPs.
 """
 
 import argparse
@@ -20,18 +22,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from intra.config import Config, preset
+from intra.data.files import write_atomically
 from intra.data.folder import Category, find_category
 from intra.errors import InTraError
 from intra.evaluation.evaluate import evaluate_category
 from intra.evaluation.tables import PAPER
 from intra.inspection.detector import Detector
-from intra.provenance import commit_of_the_code
+from intra.provenance import code_sha256, commit_of_the_code
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.loss import patch_loss
 from intra.training.run import train
 from intra.training.sampler import IDENTITY, WindowSampler
 
 EPOCHS = 200  # the paper's
+PROGRESS_FILE = "progress.jsonl"
 COLUMNS = ("elapsed_s", "steps", "windows", "share", "windows_per_s", "tflops_per_s", "train_loss", "validation_loss",
            "image_auroc", "pixel_auroc", "paper_image_auroc", "paper_pixel_auroc")  # fmt: skip
 
@@ -39,10 +43,11 @@ COLUMNS = ("elapsed_s", "steps", "windows", "share", "windows_per_s", "tflops_pe
 def sit(
     category: Category, out: Path, *, minutes: float, name: str, settings: dict[str, str], device: str
 ) -> list[dict[str, Any]]:
-    """Trains for some minutes more and evaluates; returns the line of each sitting so far, this one last.
+    """Trains for some minutes more and evaluates; returns the line of each sitting so far, this one last. A training
+    that had ended, but was not evaluated, is evaluated.
 
-    Raises InTraError if the learning rate depends on the budget, or the training had ended before, and
-    KeyboardInterrupt if it was interrupted; it then has a checkpoint, but no line.
+    Raises InTraError if the learning rate depends on the budget, or the training had ended and been evaluated before,
+    and KeyboardInterrupt if it was interrupted; it then has a checkpoint, but no line.
     """
     config = preset(name).with_settings(settings)
     if not 0 < minutes < math.inf:
@@ -50,7 +55,9 @@ def sit(
     if config.train.schedule != "constant" or config.train.warmup_fraction:
         raise InTraError("the budget grows with each sitting, and the learning rate must not follow it; set "
                          "train.schedule=constant and train.warmup_fraction=0")
-    if sittings(out) and sittings(out)[-1]["share"] >= 1:
+    lines = sittings(out)
+    is_evaluated = bool(lines) and lines[-1]["image_auroc"] is not None
+    if is_evaluated and lines[-1]["share"] >= 1:
         raise InTraError(f"the full budget of {EPOCHS} epochs is reached; {out}/results has the figures")
     before = read_header(out / CHECKPOINT_FILE)["progress"] if (out / CHECKPOINT_FILE).exists() else {}
     commit = commit_of_the_code()  # of the code that runs, before anybody changes it
@@ -59,13 +66,12 @@ def sit(
                 resume=True)
     if run.interrupted:
         raise KeyboardInterrupt
-    if run.num_steps == steps_before:
+    if is_evaluated and run.num_steps == lines[-1]["steps"]:
         raise InTraError(f"training had ended before, after {steps_before} steps: no better validation loss for "
                          f"{config.train.patience} epochs")
     detector = Detector.load(out, device=device)
-    results = evaluate_category(detector, category, out=out / "results", save_maps=False)
     flops = flops_of_a_step(detector)
-    seconds = run.elapsed_s - elapsed_before
+    seconds = max(run.elapsed_s - elapsed_before, 1e-9)  # nothing is left to train where it was killed after that
     new_steps, batch_size = run.num_steps - steps_before, detector.config.train.batch_size
     with (out / "log.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]  # written at the end of a budget, too
@@ -76,20 +82,28 @@ def sit(
         "windows_per_s": round(new_steps * batch_size / seconds, 1), "flops": flops * run.num_steps,
         "tflops_per_s": round(new_steps * flops / seconds / 1e12, 3),
         "train_loss": float(last["train_loss"]), "validation_loss": float(last["validation_loss"]),
-        "image_auroc": results["image_auroc"], "pixel_auroc": results["pixel_auroc"],
+        "image_auroc": None, "pixel_auroc": None,
         "paper_image_auroc": None if published[0] is None else published[0] / 100,
         "paper_pixel_auroc": None if published[1] is None else published[1] / 100,
-        "hardware": results["provenance"]["hardware"], "versions": results["provenance"]["versions"],
-        "commit": commit, "date": results["provenance"]["date"],
+        "commit": commit, "code_sha256": code_sha256(),
     }  # fmt: skip
-    with (out / "progress.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+    lines = [each for each in lines if each["steps"] != run.num_steps]  # of a sitting that was killed after training
+    _write(out, [*lines, line])
+    results = evaluate_category(detector, category, out=out / "results", save_maps=False)
+    line |= {name: results[name] for name in ("image_auroc", "pixel_auroc")}
+    line |= {name: results["provenance"][name] for name in ("hardware", "versions", "date")}
+    _write(out, [*lines, line])
     return sittings(out)
+
+
+def _write(out: Path, lines: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    write_atomically(out / PROGRESS_FILE, text)
 
 
 def sittings(out: Path) -> list[dict[str, Any]]:
     """The line of each sitting so far."""
-    path = out / "progress.jsonl"
+    path = out / PROGRESS_FILE
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 

@@ -8,7 +8,9 @@ and defective ones; beside them the naive loop, which hides one patch, runs the 
 the next, and plain eager fp32. Weights are random: the time does not depend on them. FLOPs are those of matrix products
 and convolutions, counted by torch; GB what all operations read and write, each as if nothing were cached. The peak is
 that of a large matrix product in the same precision, measured in the same process just before, so that shares compare
-between noisy machines. Each row has a process of its own; its memory is the highest resident size.
+between noisy machines. Each row has a process of its own; its memory is the highest resident size. Both files are
+written after each row, and the same command goes on where it was stopped: rows that OUT has from the same machine and
+code are not measured again.
 With --against, rows whose speed fell by more than a fifth, measured by the peak, are named, and the exit code is 1.
 """
 
@@ -22,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -312,10 +315,17 @@ def falls(rows: list[Row], before: dict[str, Any]) -> list[str]:
             for each in rows if each.name in old and speed(each) < (1 - WORST_FALL) * old[each.name]]
 
 
+def measured_before(out: Path, content: dict[str, Any]) -> list[Row]:
+    """The rows that a run which was stopped has left in OUT, if machine, code and image side are these."""
+    file = out / "speed.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return [Row(**each) for each in found["rows"]] if found.items() >= content.items() else []
+
+
 def alone(work: Callable[..., Measured], *values: object) -> Measured:
-    """What it measures in a process of its own, whose memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, values)
+    """What it measures in a process of its own, whose memory is its own. Raises BrokenProcessPool if that is killed."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *values).result()
 
 
 def main() -> int:
@@ -328,7 +338,10 @@ def main() -> int:
     parser.add_argument("--against", type=Path)
     arguments = parser.parse_args()
     batches = (1, 8) if arguments.device == "cpu" else (1, 8, 64)
-    rows = []
+    content = {"hardware": hardware(arguments.device), "side_px": SIDE}
+    before = measured_before(arguments.out, content)
+    content["copy_gb_per_s"] = alone(copy_bandwidth, arguments.device)
+    rows: list[Row] = []
     for name in arguments.presets.split(","):
         slow = name == "paper" and arguments.device == "cpu"
         cases = [("training", "as shipped", 0), ("training", "fp32", 0), ("inspection", "naive loop", 1),
@@ -340,12 +353,13 @@ def main() -> int:
             cases += [("inspection", "bf16", batch) for batch in batches]
         for task, way, batch in cases:
             repeats = 1 if slow and way != "naive loop" else arguments.repeats
-            rows.append(alone(row, task, name, way, batch, arguments.device, repeats))
+            asked = task, name, way
+            rows += [each for each in before if (each.task, each.preset, each.way) == asked and batch in {0, each.batch}
+                     ] or [alone(row, *asked, batch, arguments.device, repeats)]
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    content = {"hardware": hardware(arguments.device), "side_px": SIDE,
-               "copy_gb_per_s": alone(copy_bandwidth, arguments.device), "rows": [asdict(each) for each in rows]}
-    write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")
-    write_atomically(arguments.out / "table.md", table(rows) + "\n")
+            content["rows"] = [asdict(each) for each in rows]
+            write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")
+            write_atomically(arguments.out / "table.md", table(rows) + "\n")
     print(content["hardware"])
     found = falls(rows, json.loads(arguments.against.read_text())) if arguments.against else []
     print("\n".join(found))

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
@@ -272,7 +273,7 @@ def test_peak_memory_is_the_process_own():
         assert 50 < float(done.stdout) < 760  # the bytes alone take 763 MiB
 
 
-def test_the_papers_run_in_two_sittings(photos, tmp_path):
+def test_the_papers_run_in_two_sittings(photos, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("paper", ROOT / "benchmarks" / "paper.py")
     paper = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(paper)
@@ -290,5 +291,13 @@ def test_the_papers_run_in_two_sittings(photos, tmp_path):
     assert 0 < first["share"] < last["share"] < 1
     assert (last["paper_image_auroc"], last["paper_pixel_auroc"]) == pytest.approx((0.957, 0.995))
     assert paper.table(lines).count("\n") == 3
+    run = SimpleNamespace(interrupted=False, num_steps=last["steps"], elapsed_s=last["elapsed_s"])
+    monkeypatch.setattr(paper, "train", lambda *args, **kw: run)  # patience has ended the training
+    with pytest.raises(InTraError, match="training had ended before"):
+        paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")
+    paper._write(tmp_path, [first, last | {"image_auroc": None, "pixel_auroc": None}])  # killed while it evaluated
+    completed = paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")
+    assert len(completed) == 2
+    assert completed[-1]["image_auroc"] == last["image_auroc"]
     with pytest.raises(InTraError, match=r"train\.schedule=constant"):
         paper.sit(category, tmp_path / "fast", minutes=0.02, name="fast", settings=TINY, device="cpu")

@@ -4,13 +4,12 @@
     python benchmarks/ablations.py DATA/bottle --out … --only mfsa,l2    # some of them
     python benchmarks/ablations.py --methods                            # the list, without measuring
 
-Networks: each is the preset `fast` with one thing changed, and *plain* with nothing. Scorings: *base* and what changes
-one thing of it, on one network, `fast` as it was when they were measured: six blocks, the paper's attention (MFSA), a
-learning rate along half a cosine. All have the same minutes of training, validation included. All but *fast* and
-distribution_and_difference look at the difference of photo and repaired image alone (the deviation of 1 − GMS), as the
-paper does: the default's distribution also sees the photo itself, and would hide what the network is worth. Goes on
-where it was stopped, as `intra benchmark` does, and takes the weights of finished cells of the same training, where
-they lie in the same folder. docs/results.md shows the tables.
+Networks: each is the preset `fast` with one thing changed, and *plain* with nothing. Scorings: *base* and what
+changes one thing of it, all on the weights of `fast`. All of a table have the same minutes of training, validation
+included. All but *fast* and distribution_and_difference look at the difference of photo and repaired image alone (the
+deviation of 1 − GMS), as the paper does: the default's distribution also sees the photo itself, and would hide what
+the network is worth. Goes on where it was stopped, as `intra benchmark` does, and takes the weights of finished cells
+of the same training, where they lie in the same folder. docs/results.md shows the tables.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from intra.errors import InTraError
 from intra.evaluation.benchmark import Event, benchmark
 
 MINUTES = 3.0
-ONE_NETWORK = {"model.attention": "mfsa", "model.depth": "6", "train.schedule": "cosine"}
 DIFFERENCE = {"scoring.difference_weight": "1", "scoring.distribution_weight": "0"}
 
 
@@ -66,9 +64,8 @@ SCORINGS: dict[str, dict[str, str]] = {
 def methods(only: str | None = None) -> list[str]:
     """As `intra benchmark --method` takes them; all, or those with these names. Raises InTraError on an unknown one."""
     found = {name: settings | DIFFERENCE | SIDES.get(name, {}) for name, settings in NETWORKS.items()}
-    scorings = {name: settings | DIFFERENCE for name, settings in SCORINGS.items()}
-    scorings |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
-    found |= {name: ONE_NETWORK | settings for name, settings in scorings.items()}
+    found |= {name: settings | DIFFERENCE for name, settings in SCORINGS.items()}
+    found |= {"fast": {}, "distribution_and_difference": {"scoring.difference_weight": "1"}}
     chosen = list(found) if only is None else only.split(",")
     if unknown := [name for name in chosen if name not in found]:
         raise InTraError(f"no ablation {', '.join(unknown)}; there are {', '.join(found)}")

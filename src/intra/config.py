@@ -161,7 +161,7 @@ _FAST = Config(
                           difference_weight=0.0, distribution_weight=1.0, precision="auto"),
 )
 
-# `fast`, larger and longer: minutes on a GPU, a night on a CPU.
+# `fast`, larger and longer: minutes on a GPU, an hour and a half on two cores with bf16.
 _QUALITY = dataclasses.replace(
     _FAST, preset="quality",
     model=dataclasses.replace(_FAST.model, embed_dim=384, depth=8, num_heads=8),

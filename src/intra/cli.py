@@ -118,13 +118,13 @@ def train(  # noqa: PLR0913, PLR0917  the options of the command
     if roi is not None:
         _check_region(roi, categories)
     asked = {"preset": preset, "image_size": image_size, "minutes": minutes, "epochs": epochs, "steps": steps,
-             "seed": seed, "settings": _pairs(settings)}
+             "seed": seed, "settings": _pairs(settings), "roi": roi}
     folders = [out / category.name if len(categories) > 1 else out for category in categories]
     if resume:
         _check_the_others(folders, asked)
     interrupted = False
     for category, folder in zip(categories, folders, strict=True):
-        interrupted = _train_one(category, folder, device=device, resume=resume, roi=roi, **asked)
+        interrupted = _train_one(category, folder, device=device, resume=resume, **asked)
         if interrupted:
             break
     if interrupted:
@@ -300,7 +300,7 @@ def _check_the_others(folders: list[Path], asked: dict[str, Any]) -> None:
 
     begun = [folder for folder in folders if (folder / CHECKPOINT_FILE).exists()]
     if 0 < len(begun) < len(folders):
-        refuse_to_begin_otherwise(begun[0], **asked)
+        refuse_to_begin_otherwise(begun, **asked)
 
 
 def _train_one(category: "Category", folder: Path, **options: Any) -> bool:

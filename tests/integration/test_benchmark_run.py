@@ -295,9 +295,12 @@ def test_the_papers_run_in_two_sittings(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "train", lambda *args, **kw: run)  # patience has ended the training
     with pytest.raises(InTraError, match="training had ended before"):
         paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")
-    paper._write(tmp_path, [first, last | {"image_auroc": None, "pixel_auroc": None}])  # killed while it evaluated
-    completed = paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")
-    assert len(completed) == 2
-    assert completed[-1]["image_auroc"] == last["image_auroc"]
+    for share in (last["share"], 1.02):  # killed while it evaluated; of a full budget nothing is trained any more
+        paper._write(tmp_path, [first, last | {"image_auroc": None, "pixel_auroc": None, "share": share}])
+        completed = paper.sit(category, tmp_path, minutes=0.02, name="paper", settings=settings, device="cpu")
+        same = set(last) - {"date", "share"}
+        assert [{key: line[key] for key in same} for line in completed] == [
+            {key: line[key] for key in same} for line in (first, last)]
+        monkeypatch.setattr(paper, "train", lambda *args, **kw: pytest.fail("trained beyond the budget"))
     with pytest.raises(InTraError, match=r"train\.schedule=constant"):
         paper.sit(category, tmp_path / "fast", minutes=0.02, name="fast", settings=TINY, device="cpu")

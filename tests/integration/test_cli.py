@@ -102,6 +102,10 @@ def test_categories_that_a_stopped_call_had_not_come_to_are_begun_as_it_asked(tr
     assert "seed=0, asked is 3" in said
     assert "model.embed_dim=48, asked is 192" in intra(*resumed, code=2)  # a preset that it was not begun with
     assert "steps=4, asked is 5" in intra(*resumed, "--steps", 5, "--image-size", 64, *SETTINGS, code=2)
+    roi = tmp_path / "roi.png"
+    PIL.Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16)).save(roi)
+    said = intra(*resumed, "--steps", 4, "--image-size", 64, *SETTINGS, "--roi", roi, code=2)
+    assert "another region of interest, or none" in said
     assert not (tmp_path / "gear").exists()
     assert "gear: trained after 4 steps" in intra(*resumed, "--steps", 4, "--image-size", 64, *SETTINGS)
 
@@ -130,6 +134,11 @@ def test_predict_does_not_inspect_its_own_pictures(trained, photos, tmp_path, mo
     for given in (folder, ".", folder):
         intra("predict", trained / "gear", given, "--out", "verdicts", "--save-images")
         assert len((folder / "verdicts" / "predictions.jsonl").read_text().splitlines()) == count
+    said = intra("predict", trained / "gear", "verdicts/images", "--out", "verdicts", code=2)
+    assert "pictures of earlier verdicts" in said
+    (folder / "verdicts" / "images" / "new.png").write_bytes((photos / "gear/test/good/000.png").read_bytes())
+    intra("predict", trained / "gear", "verdicts/images", "--out", "verdicts")  # photos may lie in such a folder
+    assert len((folder / "verdicts" / "predictions.jsonl").read_text().splitlines()) == 1
 
 
 def test_an_unreadable_file_is_told_and_the_others_are_inspected(trained, photos, tmp_path):

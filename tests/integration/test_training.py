@@ -26,6 +26,7 @@ from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.device import OutOfMemoryError
 from intra.training import engine
+from intra.training.checkpoint import read_header
 from intra.training.run import Run, _on_the_device, recalibrate, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -132,7 +133,7 @@ def test_kill_9_leaves_a_run_that_resumes(photos, tmp_path):
     )
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (out / "last.ckpt").exists():
+    while not (out / "last.ckpt").exists() or read_header(out / "last.ckpt")["progress"]["step"] < 2:
         assert child.poll() is None, "training ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -141,7 +142,7 @@ def test_kill_9_leaves_a_run_that_resumes(photos, tmp_path):
     child.wait()
     assert not (out / "model.safetensors").exists()
     resumed = train(photos / "gear", out, steps=1, resume=True)  # the budget is spent: what is there becomes the model
-    assert resumed.num_steps >= 1
+    assert resumed.num_steps >= 2
     Detector.load(out)
 
 
@@ -279,14 +280,36 @@ def test_patience_ends_training(photos, tmp_path):
 
 
 def test_checkpoints_that_take_long_are_written_more_seldom(photos, tmp_path, monkeypatch):
+    assert [engine.checkpoint_wait(saving_s) for saving_s in (0.0, 1.5, 3.0, 100.0)] == [30, 30, 60, 300]
     written = []
     original = engine.save_checkpoint
     monkeypatch.setattr(engine, "save_checkpoint", lambda *args, **kw: written.append(1) or original(*args, **kw))
-    monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", 1e-9)
-    for name, least_s in (("often", 1.5), ("seldom", 1e-15)):  # of the second each takes a million times that
-        monkeypatch.setattr(engine, "CHECKPOINT_S", least_s)
+    for name, wait_s in (("often", 0.0), ("seldom", 1000.0)):
+        monkeypatch.setattr(engine, "checkpoint_wait", lambda _, wait_s=wait_s: wait_s)
         train(photos / "gear", tmp_path / name, steps=6, image_size=64, settings=TINY)
     assert len(written) == (1 + 5 + 1) + (1 + 1)  # before the first step, after each, and at the end
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_the_folder_free(photos, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError, match=r"smaller --set train\.batch_size"):
+        patch.setattr(engine, "step_loss", full)
+        train(photos / "gear", tmp_path, steps=3, image_size=64, settings=TINY)
+    smaller = TINY | {"train.batch_size": "4"}
+    assert train(photos / "gear", tmp_path, steps=3, image_size=64, settings=smaller).num_steps == 3
+
+
+def test_a_resumed_run_keeps_its_new_budget(photos, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    train(photos / "gear", tmp_path, steps=2, image_size=64, settings=TINY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "_step", killed)
+        train(photos / "gear", tmp_path, steps=4, resume=True)
+    assert train(photos / "gear", tmp_path, resume=True).num_steps == 4
 
 
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_good_state(photos, tmp_path, monkeypatch):

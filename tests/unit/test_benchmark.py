@@ -16,7 +16,7 @@ import pytest
 from intra.config import PRESETS, preset
 from intra.data.folder import find_category
 from intra.errors import InTraError
-from intra.evaluation.benchmark import _sharing, benchmark
+from intra.evaluation.benchmark import _own_budget, _sharing, benchmark
 from intra.evaluation.cell import Cell, _differences, fingerprint_of
 from intra.evaluation.methods import Method, parse_methods
 from intra.evaluation.tables import PAPER, markdown, table_of
@@ -261,6 +261,15 @@ def test_damaged_cells_are_refused_and_none_make_an_empty_table(tmp_path):
         path.write_text(content)
         with pytest.raises(InTraError, match=r"fast__bottle__0.json"):
             table_of(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "budget"), [
+    ("fast", {"steps": 6000}), ("paper", {"epochs": 200}), ("a: fast train.max_epochs=2", {"epochs": 2}),
+    ("a: fast train.max_minutes=3", {"minutes": 3.0}), ("a: paper train.max_steps=7", {"steps": 7}),
+    ("a: fast train.max_steps=none", {"minutes": 15.0}),
+])  # fmt: skip
+def test_without_a_budget_a_method_has_its_own(text, budget):
+    assert _own_budget(parse_methods([text])[0]) == budget
 
 
 # the documents

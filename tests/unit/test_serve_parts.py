@@ -124,6 +124,39 @@ def test_a_form_of_many_parts_is_not_read_to_its_end(monkeypatch, part, kind, mo
     assert len(made) == most
 
 
+def test_pictures_that_cannot_be_drawn_are_one_photos_failure(monkeypatch):
+    """Of two photos that are inspected together."""
+    inspector = Inspector(Pair(), max_waiting=3, max_pixels=100)
+    small, large = (encode_png(np.zeros((side, 2, 3), np.uint8), compress_level=1) for side in (2, 3))
+
+    def draw(photo, prediction, kinds):
+        if len(photo) == 3:
+            raise ValueError("no picture")
+        return {}
+
+    async def both():
+        waiting = [asyncio.create_task(inspector.inspect(data, name="", kinds=())) for data in (small, large, small)]
+        await asyncio.sleep(0)  # all three wait, for one batch
+        inspector.start()
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    monkeypatch.setattr("intra.deploy.serve.worker.draw", draw)
+    first, second, third = asyncio.run(both())
+    assert first.prediction.score == third.prediction.score == 1.0
+    assert isinstance(second, RuntimeError)
+
+
+class Pair(Detector):
+    """Inspects without a network."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(model=SimpleNamespace(channels=3))
+
+    def predict_batch(self, images, *, repair_twice):
+        nothing = np.zeros((2, 2), np.float32)
+        return [Prediction(1.0, False, 2.0, nothing, nothing > 0, nothing, ()) for _ in images]
+
+
 class Stuck(Detector):
     """Inspects until it is freed, and then fails."""
 

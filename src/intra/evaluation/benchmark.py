@@ -157,14 +157,14 @@ def _methods(
 
 
 def _own_budget(method: Method) -> dict[str, int | float]:
-    """The preset's own budget, said aloud: the preset may change. Of several the steps: everywhere the same work."""
+    """The method's own budget, said aloud, as the preset may change: what it sets itself, else the preset's steps,
+    which are everywhere the same work, or its epochs, or its minutes.
+    """
     config = method.config.train
-    if config.max_steps is not None:
-        return {"steps": config.max_steps}
-    if config.max_epochs is not None:
-        return {"epochs": config.max_epochs}
-    if config.max_minutes is not None:
-        return {"minutes": config.max_minutes}
+    known = {"steps": config.max_steps, "epochs": config.max_epochs, "minutes": config.max_minutes}
+    for name in sorted(known, key=lambda name: f"train.max_{name}" not in method.settings):  # stable
+        if (value := known[name]) is not None:
+            return {name: value}
     raise InTraError(f"{method.name} has no budget: give --minutes, --epochs or --steps, or set train.max_steps, "
                      "train.max_epochs or train.max_minutes")
 

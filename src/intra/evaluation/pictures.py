@@ -88,7 +88,7 @@ def outline(
     The lines lie outside, so that the defect itself stays visible, also one of a single pixel.
     """
     picture = to_rgb8(image).copy()
-    line = max(1, min(round(max(mask.shape) / 160), *mask.shape))  # px; a narrow picture is no wide line
+    line = max(1, min(round(max(mask.shape) / 160), min(mask.shape) // 8))  # px; thin in narrow pictures too
     if truth is not None:
         picture[_ring(truth, line)] = TRUTH
     picture[_ring(mask, line)] = PREDICTED

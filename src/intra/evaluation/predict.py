@@ -22,6 +22,7 @@ __all__ = ["PICTURES_FOLDER", "FileVerdict", "predict_files", "save_pictures"]
 
 PREDICTIONS_FILE = "predictions.jsonl"
 PICTURES_FOLDER = "images"
+KINDS = "overlay", "outline", "repaired", "mask"  # of pictures there
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ def predict_files(
     """
     out = Path(out)
     own = (out / PICTURES_FOLDER).resolve()
-    files = [path for path in image_files(images) if own not in path.resolve().parents]
+    files = [path for path in image_files(images)
+             if path.resolve().parent != own or not path.stem.endswith(tuple(f"_{kind}" for kind in KINDS))]
+    if not files:
+        raise InTraError(f"{own} holds nothing but pictures of earlier verdicts; pass photos")
     names = _unique_names(files)
     unreadable = []
     try:
@@ -72,12 +76,9 @@ def predict_files(
 
 def save_pictures(image: Shaped[np.ndarray, "h w c"], prediction: Prediction, place: Path) -> None:
     """Writes `place`_overlay.png, _outline.png, _repaired.png and _mask.png, each whole or not at all."""
-    for kind, picture in (
-        ("overlay", heatmap_overlay(image, prediction.anomaly_map, prediction.threshold)),
-        ("outline", outline(image, prediction.mask)),
-        ("repaired", to_rgb8(prediction.repaired)),
-        ("mask", prediction.mask.astype(np.uint8) * 255),
-    ):
+    for kind, picture in zip(KINDS, (
+        heatmap_overlay(image, prediction.anomaly_map, prediction.threshold), outline(image, prediction.mask),
+        to_rgb8(prediction.repaired), prediction.mask.astype(np.uint8) * 255), strict=True):
         write_atomically(place.with_name(f"{place.name}_{kind}.png"), encode_png(picture))
 
 

@@ -104,8 +104,7 @@ def fit(  # noqa: PLR0913  all but three by keyword
         saved_at = time.monotonic()
         saving_s = saved_at - begun
 
-    if not resume:  # whatever is asked for is on the disk before the first step, and so is the room for it
-        checkpoint_now()
+    checkpoint_now()  # what is asked for is on the disk before the first step, and so is the room for it
     with stop_on_signal() as stop, _divergence(progress) as diverged:
         while not progress.finished and not stop.is_set():
             rate = _learning_rate(config, budget.spent(progress.step, progress.elapsed_s))
@@ -126,14 +125,20 @@ def fit(  # noqa: PLR0913  all but three by keyword
                 log.write(progress, sampler.steps_per_epoch, rate, meter, held_out_loss)
                 _judge(meter, held_out_loss, model, best, checkpoint)
                 progress.finished = _is_finished(progress, config, budget)
-            wait_s = CHECKPOINT_EVERY_S * max(1.0, saving_s / CHECKPOINT_S)
-            if time.monotonic() - saved_at > wait_s and not progress.finished:
+            if time.monotonic() - saved_at > checkpoint_wait(saving_s) and not progress.finished:
                 checkpoint_now()
         checkpoint_now()
     log.close()
     if progress.best_step:  # else it was stopped before the first validation: the last weights are the best known
         model.load_state_dict(best)
     return Fitted(progress, stop.is_set() and not progress.finished, diverged[0] if diverged else None)
+
+
+def checkpoint_wait(saving_s: float) -> float:
+    """Seconds from a checkpoint that took so long to the next: writing them takes a twentieth of the time at most, but
+    if it is very slow no more than five minutes of training can be lost.
+    """
+    return CHECKPOINT_EVERY_S * min(10.0, max(1.0, saving_s / CHECKPOINT_S))
 
 
 def _step(

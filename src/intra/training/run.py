@@ -4,7 +4,8 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,11 +131,12 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     identity = {"config": config.to_dict(), "seed": seed, "training_images": fingerprints, "budget": asdict(budget)}
     identity |= {} if mask is None else {"roi": roi_digest(mask)}
     save_roi(mask, out / ROI_FILE)
-    fitted = fit(
-        model, sampler, held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
-        budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
-        resume=stored is not None, on_report=on_report,
-    )  # fmt: skip
+    with _forgotten_if_it_fails_at_once(checkpoint):
+        fitted = fit(
+            model, sampler, held_out, config=config.train, model_config=config.model, lattice=config.scoring.lattice,
+            budget=budget, fabric=_fabric(chosen, config), out=out, identity=identity,
+            resume=stored is not None, on_report=on_report,
+        )  # fmt: skip
     best_loss = fitted.progress.best_validation_loss  # infinite if interrupted before the first validation
     provenance = {
         **_software(chosen), "seed": seed, "steps": fitted.progress.step, "best_step": fitted.progress.best_step,
@@ -191,8 +193,7 @@ def recalibrate(
                          "or train anew")
     config = loaded.config.with_settings(settings)
     config.check_grid()
-    training, validation = (images.to(loaded.device) for images in _read_split(
-        category, config, known["seed"], fingerprints))
+    training, validation = _on_the_device(_read_split(category, config, known["seed"], fingerprints), loaded.device)
     provenance = known | {"recalibrated": {"created": datetime.now(UTC).isoformat(timespec="seconds"),
                                            "intra": intra.__version__, "settings": dict(settings)}}
     calibrated(loaded.model, config, training, validation, provenance, loaded.device, on_calibration,
@@ -247,23 +248,31 @@ def _nearby(side: int, patch_size: int) -> int:
 
 
 def refuse_to_begin_otherwise(
-    begun: Path, *, preset: str | None, image_size: str | int | tuple[int, int] | None, seed: int,
+    begun: Sequence[Path], *, preset: str | None, image_size: str | int | tuple[int, int] | None, seed: int,
     settings: Mapping[str, str] | None, minutes: float | None, epochs: int | None, steps: int | None,
+    roi: str | Path | None,
 ) -> None:  # fmt: skip
-    """Raises InTraError if the run in this folder was begun with another preset, size, seed, setting or budget. For the
-    categories that a call with several had not come to before it was stopped.
+    """Raises InTraError if none of the runs in these folders was begun with this preset, size, seed, budget (in epochs:
+    not compared), region and these settings. For the categories that a call with several had not come to before it was
+    stopped.
     """
-    stored = read_header(begun / CHECKPOINT_FILE)["identity"]
     wanted = _wanted(preset, image_size, settings)
-    others = _other_settings(Config.from_dict(stored["config"]), wanted)
-    others += [f"seed={stored['seed']}, asked is {seed}"] * (seed != stored["seed"])
-    if epochs is None and not (minutes is None and steps is None and wanted.train.max_epochs):  # epochs of how many?
-        budget = asdict(_budget(wanted, minutes, None, steps, 1, None))
-        others += [f"{name}={stored['budget'][name]}, asked is {value}" for name, value in budget.items()
-                   if value != stored["budget"][name]]
-    if others:
-        raise InTraError(f"{begun} was begun with {_listed(others)}; add --resume to the very options of the first "
-                         "call, as some categories are still to be begun")
+    region = None if roi is None else roi_digest(read_roi(roi))
+    told = []
+    for folder in begun:
+        stored = read_header(folder / CHECKPOINT_FILE)["identity"]
+        others = _other_settings(Config.from_dict(stored["config"]), wanted)
+        others += [f"seed={stored['seed']}, asked is {seed}"] * (seed != stored["seed"])
+        others += ["another region of interest, or none"] * (stored.get("roi") != region)
+        if epochs is None and not (minutes is None and steps is None and wanted.train.max_epochs):
+            budget = asdict(_budget(wanted, minutes, None, steps, 1, None))
+            others += [f"{name}={stored['budget'][name]}, asked is {value}" for name, value in budget.items()
+                       if value != stored["budget"][name]]
+        if not others:
+            return
+        told.append(f"{folder} was begun with {_listed(others)}")
+    raise InTraError(f"{told[0]}; add --resume to the very options of the first call, as some categories are still to "
+                     "be begun")
 
 
 def _other_settings(old: Config, wanted: Config) -> list[str]:
@@ -326,6 +335,17 @@ def _read_split(
                            channels=config.model.channels)
         validation[places] = whole if whole.dtype == validation.dtype else to_unit(whole)
     return training, validation
+
+
+@contextmanager
+def _forgotten_if_it_fails_at_once(checkpoint: Path) -> Iterator[None]:
+    """Removes the checkpoint of a run that failed before one with a step in it: other settings may do there."""
+    try:
+        yield
+    except InTraError:
+        if checkpoint.exists() and not read_header(checkpoint)["progress"]["step"]:
+            checkpoint.unlink()
+        raise
 
 
 def _on_the_device(

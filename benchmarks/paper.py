@@ -31,7 +31,7 @@ from intra.inspection.detector import Detector
 from intra.provenance import code_sha256, commit_of_the_code
 from intra.training.checkpoint import CHECKPOINT_FILE, read_header
 from intra.training.loss import patch_loss
-from intra.training.run import train
+from intra.training.run import Run, train
 from intra.training.sampler import IDENTITY, WindowSampler
 
 EPOCHS = 200  # the paper's
@@ -56,44 +56,51 @@ def sit(
         raise InTraError("the budget grows with each sitting, and the learning rate must not follow it; set "
                          "train.schedule=constant and train.warmup_fraction=0")
     lines = sittings(out)
-    is_evaluated = bool(lines) and lines[-1]["image_auroc"] is not None
-    if is_evaluated and lines[-1]["share"] >= 1:
+    is_waiting = bool(lines) and lines[-1]["image_auroc"] is None  # killed before it was evaluated
+    is_full = bool(lines) and lines[-1]["share"] >= 1
+    if is_full and not is_waiting:
         raise InTraError(f"the full budget of {EPOCHS} epochs is reached; {out}/results has the figures")
-    before = read_header(out / CHECKPOINT_FILE)["progress"] if (out / CHECKPOINT_FILE).exists() else {}
-    commit = commit_of_the_code()  # of the code that runs, before anybody changes it
-    steps_before, elapsed_before = before.get("step", 0), before.get("elapsed_s", 0.0)
-    run = train(category, out, preset=name, settings=settings, minutes=elapsed_before / 60 + minutes, device=device,
-                resume=True)
-    if run.interrupted:
-        raise KeyboardInterrupt
-    if is_evaluated and run.num_steps == lines[-1]["steps"]:
-        raise InTraError(f"training had ended before, after {steps_before} steps: no better validation loss for "
-                         f"{config.train.patience} epochs")
-    detector = Detector.load(out, device=device)
+    if not is_full:
+        before = read_header(out / CHECKPOINT_FILE)["progress"] if (out / CHECKPOINT_FILE).exists() else {}
+        code = {"commit": commit_of_the_code(), "code_sha256": code_sha256()}  # before anybody changes it
+        run = train(category, out, preset=name, settings=settings, device=device, resume=True,
+                    minutes=before.get("elapsed_s", 0.0) / 60 + minutes)
+        if run.interrupted:
+            raise KeyboardInterrupt
+        if not lines or run.num_steps != lines[-1]["steps"]:
+            lines.append(_line(run, before, category, device) | code)
+            _write(out, lines)
+        elif not is_waiting:
+            raise InTraError(f"training had ended before, after {run.num_steps} steps: no better validation loss for "
+                             f"{config.train.patience} epochs")
+    results = evaluate_category(Detector.load(out, device=device), category, out=out / "results", save_maps=False)
+    lines[-1] |= {name: results[name] for name in ("image_auroc", "pixel_auroc")}
+    lines[-1] |= {name: results["provenance"][name] for name in ("hardware", "versions", "date")}
+    _write(out, lines)
+    return lines
+
+
+def _line(run: Run, before: dict[str, Any], category: Category, device: str) -> dict[str, Any]:
+    """What a sitting has to say, but for AUROC; `before` is the progress that it went on from."""
+    detector = Detector.load(run.path, device=device)
     flops = flops_of_a_step(detector)
-    seconds = max(run.elapsed_s - elapsed_before, 1e-9)  # nothing is left to train where it was killed after that
-    new_steps, batch_size = run.num_steps - steps_before, detector.config.train.batch_size
-    with (out / "log.csv").open(newline="", encoding="utf-8") as file:
+    seconds = run.elapsed_s - before.get("elapsed_s", 0.0)
+    new_steps, batch_size = run.num_steps - before.get("step", 0), detector.config.train.batch_size
+    with (run.path / "log.csv").open(newline="", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]  # written at the end of a budget, too
     published = PAPER.get(category.name, (None, None))
-    line = {
+    return {
         "elapsed_s": round(run.elapsed_s, 1), "steps": run.num_steps, "windows": run.num_steps * batch_size,
         "share": run.num_steps / full_steps(detector.config, detector.provenance["num_train"]),
-        "windows_per_s": round(new_steps * batch_size / seconds, 1), "flops": flops * run.num_steps,
-        "tflops_per_s": round(new_steps * flops / seconds / 1e12, 3),
+        # None: killed when training had ended, so that nothing is known of its sitting
+        "windows_per_s": round(new_steps * batch_size / seconds, 1) if new_steps else None,
+        "flops": flops * run.num_steps,
+        "tflops_per_s": round(new_steps * flops / seconds / 1e12, 3) if new_steps else None,
         "train_loss": float(last["train_loss"]), "validation_loss": float(last["validation_loss"]),
         "image_auroc": None, "pixel_auroc": None,
         "paper_image_auroc": None if published[0] is None else published[0] / 100,
         "paper_pixel_auroc": None if published[1] is None else published[1] / 100,
-        "commit": commit, "code_sha256": code_sha256(),
     }  # fmt: skip
-    lines = [each for each in lines if each["steps"] != run.num_steps]  # of a sitting that was killed after training
-    _write(out, [*lines, line])
-    results = evaluate_category(detector, category, out=out / "results", save_maps=False)
-    line |= {name: results[name] for name in ("image_auroc", "pixel_auroc")}
-    line |= {name: results["provenance"][name] for name in ("hardware", "versions", "date")}
-    _write(out, [*lines, line])
-    return sittings(out)
 
 
 def _write(out: Path, lines: list[dict[str, Any]]) -> None:

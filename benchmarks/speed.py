@@ -9,12 +9,13 @@ the next, and plain eager fp32. Weights are random: the time does not depend on 
 and convolutions, counted by torch; GB what all operations read and write, each as if nothing were cached. The peak is
 that of a large matrix product in the same precision, measured in the same process just before, so that shares compare
 between noisy machines. Each row has a process of its own; its memory is the highest resident size. Both files are
-written after each row, and the same command goes on where it was stopped: rows that OUT has from the same machine and
-code are not measured again.
+written after each row, and the same command goes on where it was stopped: rows that an unfinished run has left in OUT,
+on the same machine and with the same code, are not measured again.
 With --against, rows whose speed fell by more than a fifth, measured by the peak, are named, and the exit code is 1.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -49,7 +50,7 @@ from intra.inspection.features import PatchFeatures
 from intra.inspection.region import Region
 from intra.inspection.setup import Setup
 from intra.models import build
-from intra.provenance import commit_of_the_code, processor
+from intra.provenance import code_sha256, commit_of_the_code, processor
 from intra.training.engine import _optimizer, _step
 from intra.training.run import _fabric, _sampler
 
@@ -315,8 +316,15 @@ def falls(rows: list[Row], before: dict[str, Any]) -> list[str]:
             for each in rows if each.name in old and speed(each) < (1 - WORST_FALL) * old[each.name]]
 
 
+def write(out: Path, content: dict[str, Any], rows: list[Row]) -> None:
+    """Both files, as far as it has come."""
+    whole = content | {"rows": [asdict(each) for each in rows]}
+    write_atomically(out / "speed.json", json.dumps(whole, indent=2) + "\n")
+    write_atomically(out / "table.md", table(rows) + "\n")
+
+
 def measured_before(out: Path, content: dict[str, Any]) -> list[Row]:
-    """The rows that a run which was stopped has left in OUT, if machine, code and image side are these."""
+    """The rows that a run which was stopped has left in OUT, if machine, code and settings are these."""
     file = out / "speed.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     return [Row(**each) for each in found["rows"]] if found.items() >= content.items() else []
@@ -338,7 +346,9 @@ def main() -> int:
     parser.add_argument("--against", type=Path)
     arguments = parser.parse_args()
     batches = (1, 8) if arguments.device == "cpu" else (1, 8, 64)
-    content = {"hardware": hardware(arguments.device), "side_px": SIDE}
+    content = {"hardware": hardware(arguments.device), "side_px": SIDE, "repeats": arguments.repeats,
+               "code_sha256": [code_sha256(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()],
+               "is_finished": False}
     before = measured_before(arguments.out, content)
     content["copy_gb_per_s"] = alone(copy_bandwidth, arguments.device)
     rows: list[Row] = []
@@ -357,9 +367,8 @@ def main() -> int:
             rows += [each for each in before if (each.task, each.preset, each.way) == asked and batch in {0, each.batch}
                      ] or [alone(row, *asked, batch, arguments.device, repeats)]
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-            content["rows"] = [asdict(each) for each in rows]
-            write_atomically(arguments.out / "speed.json", json.dumps(content, indent=2) + "\n")
-            write_atomically(arguments.out / "table.md", table(rows) + "\n")
+            write(arguments.out, content, rows)
+    write(arguments.out, content | {"is_finished": True}, rows)
     print(content["hardware"])
     found = falls(rows, json.loads(arguments.against.read_text())) if arguments.against else []
     print("\n".join(found))

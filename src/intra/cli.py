@@ -308,8 +308,9 @@ def _train_one(category: "Category", folder: Path, **options: Any) -> bool:
     from intra.training.run import train as train_category
 
     console = make_console()
-    with training_bar(category.name) as (show, show_calibration):
-        run = train_category(category, folder, on_report=show, on_calibration=show_calibration, **options)
+    with training_bar(category.name) as (show_reading, show, show_calibration):
+        run = train_category(category, folder, on_reading=show_reading, on_report=show,
+                             on_calibration=show_calibration, **options)
     state = "interrupted" if run.interrupted else "trained"
     console.print(f"{category.name}: {state} after {run.num_steps} steps, {run.elapsed_s / 60:.1f} min, best "
                   f"validation loss {loss_text(run.best_validation_loss)}" + ("; --resume goes on" * run.interrupted),

@@ -115,13 +115,18 @@ def cells_bar() -> "Iterator[Callable[[Event], None]]":
 
 
 @contextmanager
-def training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callable[[int, int], None]]]":
-    """A progress bar of training: loss, rate and time left; yields what shows training and what shows calibration."""
+def training_bar(
+    label: str
+) -> "Iterator[tuple[Callable[[int, int], None], Callable[[Report], None], Callable[[int, int], None]]]":
+    """A progress bar of training: loss, rate and time left; yields what shows reading, training and calibration."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
                   TextColumn("{task.fields[text]}"), transient=True) as progress:  # fmt: skip
         task = progress.add_task(f"training {label}", total=1.0, text="reading photos")
+
+        def show_reading(done: int, total: int) -> None:
+            progress.update(task, text=f"reading photos {done}/{total}")
 
         def show(report: "Report") -> None:
             minutes, seconds = divmod(int(report.seconds_left), 60)
@@ -133,7 +138,7 @@ def training_bar(label: str) -> "Iterator[tuple[Callable[[Report], None], Callab
         def show_calibration(done: int, total: int) -> None:
             progress.update(task, completed=1.0, text=f"calibrating on good photos {done}/{total}")
 
-        yield show, show_calibration
+        yield show_reading, show, show_calibration
 
 
 def loss_text(value: float) -> str:

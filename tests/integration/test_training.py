@@ -253,6 +253,14 @@ def test_photos_that_no_memory_holds_are_one_line(photos, tmp_path, monkeypatch)
         _on_the_device((large, large), torch.device("cpu"))
 
 
+def test_reading_is_told_of(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTRA_CACHE", "")
+    told = []
+    train(photos / "gear", tmp_path, steps=1, image_size=64, settings=TINY,
+          on_reading=lambda done, total: told.append((done, total)))
+    assert told == [(number, 16) for number in range(1, 17)]
+
+
 def test_budgets(photos, tmp_path):
     timed = train(photos / "gear", tmp_path / "m", minutes=0.02, image_size=64, settings=TINY)
     assert 1.2 <= timed.elapsed_s < 20

@@ -21,7 +21,7 @@ from scipy import ndimage
 import intra
 from intra.data.files import remove_leftovers, sha256_of, write_atomically
 from intra.data.folder import Category, LabelledImage, find_category
-from intra.data.images import box_slices, read_image, read_mask
+from intra.data.images import read_image, read_mask
 from intra.errors import InTraError
 from intra.evaluation import metrics
 from intra.evaluation.notes import notes_on_tests, notes_on_the_region, notes_on_the_setup
@@ -170,7 +170,7 @@ def _inspect(
                                   truth=truth)
             if maps is not None:
                 _save_map(prediction, test, maps, saved)
-            inside = _inside(detector, (image.shape[0], image.shape[1]))
+            inside = detector.inside((image.shape[0], image.shape[1]))
             if inside is not None:
                 inspected.region_px.update({"photo": inside.size, "inside": int(inside.sum())})
             if keep_maps and truth is not None:
@@ -183,16 +183,6 @@ def _inspect(
 def _batches(tests: Sequence[LabelledImage]) -> Iterator[Sequence[LabelledImage]]:
     for start in range(0, len(tests), IMAGES_PER_BATCH):
         yield tests[start : start + IMAGES_PER_BATCH]
-
-
-def _inside(detector: Detector, size: tuple[int, int]) -> np.ndarray | None:
-    """Which pixels of a photo of this height and width lie inside the model's region of interest; None: no region."""
-    if detector.region is None or detector.config.data.box is None:
-        return None
-    inside = np.zeros(size, dtype=bool)
-    part = inside[box_slices(size, detector.config.data.box)]
-    part[:] = detector.region.at((part.shape[0], part.shape[1]))
-    return inside
 
 
 def _truth(test: LabelledImage, image: np.ndarray) -> np.ndarray | None:

@@ -46,6 +46,7 @@ from intra.similarity import box_blur
 __all__ = ["READERS", "Defect", "Detector", "Prediction", "is_exported", "refuse_exported", "repair",
            "verdict_of"]
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of what is cut out of no photo
 SEGMENTER_BLUR = 5  # px: one noisy cell is no defect
 # Who reads exported models, by the end of the file's name; imported by its name when such a file is loaded, for
 # inspection knows no other runtime: docs/decisions/0012-export.md
@@ -233,6 +234,15 @@ class Detector:
         return repaired, anomaly_map(evidence, self.reference, kinds=kinds, scoring=scoring,
                                      inside=self.region.inside if self.region else None)
 
+    def inside(self, photo_size: tuple[int, int]) -> np.ndarray | None:
+        """Which pixels (H, W) of a photo of this size lie inside the region of interest, bool; None without one."""
+        if self.region is None:
+            return None
+        inside = np.zeros(photo_size, dtype=bool)
+        part = inside[box_slices(photo_size, self.config.data.box or WHOLE)]
+        part[:] = self.region.at((part.shape[0], part.shape[1]))
+        return inside
+
     def repaired(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """The repaired images alone, in less time than `inspect` takes for them."""
         return repair(self._network, images, model_config=self.config.model, scoring=self.config.scoring, kinds=(),
@@ -295,11 +305,12 @@ class Detector:
         check: SetupCheck | None,
     ) -> Prediction:  # fmt: skip
         photo_size = array.shape[0], array.shape[1]
-        where = box_slices(photo_size, self.config.data.box or (0.0, 0.0, 1.0, 1.0))
+        where = box_slices(photo_size, self.config.data.box or WHOLE)
         size = where[0].stop - where[0].start, where[1].stop - where[1].start
         large_map = _resize(small_map[None], size)[0].numpy()
-        inside = self.region.at(size) if self.region else None
+        inside = self.inside(photo_size)
         if inside is not None:
+            inside = inside[where]
             large_map[~inside] = 0
         if not math.isfinite(score):  # never let a broken model call a part good
             raise InTraError("the model gives scores that are no numbers; train or copy it again")

@@ -72,6 +72,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     settings: Mapping[str, str] | None = None,
     normal: str | Path | None = None,
     roi: str | Path | None = None,
+    on_reading: Callable[[int, int], None] | None = None,
     on_report: Callable[[Report], None] | None = None,
     on_calibration: Callable[[int, int], None] | None = None,
 ) -> Run:
@@ -88,6 +89,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
         settings: replaces single settings by text, `{"train.batch_size": "16"}`.
         roi: a lossless image file without alpha, not 0 where photos are to be inspected, of any size and of their
             aspect ratio: the region of interest. It is kept in `out`/roi.png; a resumed run takes it from there.
+        on_reading: called with the number of photos read so far, and of all that the cache does not hold.
         on_report: called about twice a second while training.
         on_calibration: called afterwards with the number of good images inspected for reference and threshold, and
             of all.
@@ -117,7 +119,7 @@ def train(  # noqa: PLR0913  the options of the command, all but two by keyword
     else:
         config, seed = _resumed(stored, wanted if preset or settings or image_size else None, seed, fingerprints, mask,
                                 out)
-    training, validation = _on_the_device(_read_split(category, config, seed, fingerprints), chosen)
+    training, validation = _on_the_device(_read_split(category, config, seed, fingerprints, on_reading), chosen)
     region = None if mask is None else _region(mask, config, training)
     shown, held_out = (images if region is None else region.shown(images) for images in (training, validation))
     sampler = _sampler(shown, config, seed)
@@ -309,7 +311,8 @@ def _resumed(
 
 
 def _read_split(
-    category: Category, config: Config, seed: int, fingerprints: Mapping[str, str]
+    category: Category, config: Config, seed: int, fingerprints: Mapping[str, str],
+    on_reading: Callable[[int, int], None] | None = None,
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
     """The good images that train, and those held out, which are decoded whole, as photos to inspect are. Of identical
     files the first stands for all, so that none is on both sides, or counts twice for the threshold. Raises InTraError
@@ -325,14 +328,15 @@ def _read_split(
     kinds = evidence_kinds(config.scoring, has_segmenter=config.model.segmenter_width > 0)
     check_held_out(len(validation_index), kinds=kinds, scoring=config.scoring)
     hashes, paths, size, box = list(first), list(first.values()), config.model.image_size, config.data.box
-    images = cached_set(paths, hashes, size=size, channels=config.model.channels, box=box, quickly=True)
+    images = cached_set(paths, hashes, size=size, channels=config.model.channels, box=box, quickly=True,
+                        on_progress=on_reading)
     training, validation = images[train_index], images[validation_index]
     places = [place for place, index in enumerate(validation_index.tolist())
               if is_read_quickly(paths[index], size=size, box=box)]
     if places:
         chosen = validation_index[places].tolist()
         whole = cached_set([paths[index] for index in chosen], [hashes[index] for index in chosen], size=size,
-                           channels=config.model.channels)
+                           channels=config.model.channels, on_progress=on_reading)
         validation[places] = whole if whole.dtype == validation.dtype else to_unit(whole)
     return training, validation
 

@@ -243,13 +243,13 @@ def test_what_was_asked_for_is_on_the_disk_before_the_first_step(photos, tmp_pat
     assert provenance["config"]["model"]["embed_dim"] == 48
 
 
-def test_photos_that_no_memory_holds_are_one_line(photos, tmp_path, monkeypatch):
+def test_photos_that_no_memory_holds_are_one_line():
     class Large(torch.Tensor):
         def to(self, *args, **kwargs):
             raise RuntimeError("CUDA out of memory. Tried to allocate 80 GiB")
 
     large = torch.zeros(2, 3, 4, 4).as_subclass(Large)
-    with pytest.raises(OutOfMemoryError, match="does not suffice for 4 photos; pass --device cpu"):
+    with pytest.raises(OutOfMemoryError, match="does not suffice for 4 photos on cpu; pass --device cpu"):
         _on_the_device((large, large), torch.device("cpu"))
 
 

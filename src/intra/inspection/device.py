@@ -5,7 +5,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Literal, TypeVar
 
 import torch
@@ -13,7 +13,8 @@ from torch import nn
 
 from intra.errors import InTraError
 
-__all__ = ["OutOfMemoryError", "autocast", "for_inference", "in_chunks", "is_out_of_memory", "pick_device", "uses_bf16"]
+__all__ = ["OutOfMemoryError", "autocast", "for_inference", "in_chunks", "is_out_of_memory", "memory_for",
+           "pick_device", "uses_bf16"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 # Torch has a type of error for GPUs alone; the CPU's allocators, and CUDA's libraries, raise RuntimeError with one of
@@ -133,6 +134,17 @@ def in_chunks(work: Callable[[int, int], _Result], count: int, size: int) -> Ite
             start = stop
             continue
         torch.cuda.empty_cache()  # only here, behind the except: the error itself holds on to tensors
+
+
+@contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Turns every error that says that there was not enough memory into an OutOfMemoryError of one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"the memory does not suffice for {what}; {advice}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

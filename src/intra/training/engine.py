@@ -19,7 +19,7 @@ from intra.config import ModelConfig, TrainConfig
 from intra.data.files import write_atomically
 from intra.data.images import to_unit
 from intra.errors import InTraError
-from intra.inspection.device import OutOfMemoryError, in_chunks, is_out_of_memory
+from intra.inspection.device import in_chunks, memory_for
 from intra.inspection.inpaint import repaired_views
 from intra.training.checkpoint import CHECKPOINT_FILE, Progress, load_checkpoint, save_checkpoint
 from intra.training.interrupt import stop_on_signal
@@ -147,19 +147,15 @@ def _step(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """One step of the optimiser; returns the loss before it, still on the device."""
     network.train()
-    try:
+    advice = ("train anew with a smaller --set train.batch_size=… or --image-size, or --resume this run with more "
+              "memory")  # fewer windows a step would be another training: the user decides
+    with memory_for(f"a step of train.batch_size={config.batch_size}", advice):
         with fabric.autocast():  # Fabric casts in `forward` by itself, but not in `segment`
             loss = step_loss(network, batch, config=config, model_config=model_config)
         fabric.backward(loss)
         if config.gradient_clip is not None:
             fabric.clip_gradients(network, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
         optimizer.step()
-    except (MemoryError, RuntimeError) as error:  # fewer windows a step would be another training: the user decides
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(f"the memory does not suffice for a step of train.batch_size={config.batch_size}; train "
-                               "anew with a smaller --set train.batch_size=… or --image-size, or --resume this run "
-                               "with more memory") from error
     optimizer.zero_grad()
     return loss.detach()
 

@@ -29,7 +29,7 @@ from intra.geometry import patchify
 from intra.inspection.anomaly import evidence_kinds
 from intra.inspection.calibration import check_held_out
 from intra.inspection.detector import Detector, refuse_exported
-from intra.inspection.device import OutOfMemoryError, is_out_of_memory, pick_device, uses_bf16
+from intra.inspection.device import memory_for, pick_device, uses_bf16
 from intra.inspection.model_file import MODEL_FILE
 from intra.inspection.region import Region
 from intra.models import InTra, build
@@ -355,13 +355,8 @@ def _forgotten_if_it_fails_at_once(checkpoint: Path) -> Iterator[None]:
 def _on_the_device(
     photos: tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]], device: torch.device
 ) -> tuple[Shaped[Tensor, "n c h w"], Shaped[Tensor, "m c h w"]]:
-    try:
+    with memory_for(f"{sum(map(len, photos))} photos on {device}", "pass --device cpu, or a smaller --image-size"):
         return photos[0].to(device), photos[1].to(device)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(f"the memory of {device} does not suffice for {sum(map(len, photos))} photos; pass "
-                               "--device cpu, or a smaller --image-size") from error
 
 
 def _region(mask: Bool[np.ndarray, "i j"], config: Config, training: Shaped[Tensor, "n c h w"]) -> Region:

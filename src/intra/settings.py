@@ -7,7 +7,9 @@ each is.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "ModelConfig", "ScoringConfig", "TrainConfig"]
+__all__ = ["DataConfig", "ModelConfig", "Places", "ScoringConfig", "TrainConfig"]
+
+Places = Literal["auto", "own", "shared"]
 
 # px of which an image's sides must be multiples: a network halves them that often
 SIDE_MULTIPLES = {"intra": 1, "autoencoder": 32, "riad": 16}
@@ -200,6 +202,9 @@ class ScoringConfig:
     # px: sides of the cells at which the distribution is known; of a larger one an image holds at least four, or none
     cell_sizes: tuple[int, ...] = (8, 32)
     num_modes: int = 32  # at most: joint changes of all cells, such as light and pose, that a place is judged without
+    # whether each place has a distribution of its own, or all share one, as where parts lie anyhow; auto: whichever
+    # makes held-out good images likelier
+    places: Places = "auto"
     pixel_evidence: bool = True  # of single pixels as well, where the distribution has a weight
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"

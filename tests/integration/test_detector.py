@@ -22,6 +22,7 @@ from intra.errors import InTraError
 from intra.inspection.detector import Detector
 from intra.inspection.model_file import FORMAT_VERSION, content_digest
 from intra.training.calibrated import calibrated
+from intra.training.run import recalibrate
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +233,14 @@ def test_an_untouched_copy_made_the_same_way_is_loaded(run, detector, tmp_path):
 
 def test_without_evidence_of_pixels_there_is_none(run, photos, detector, tests, tmp_path):
     """Learnt and stored: by the same network, cells say what they said."""
-    config = replace(detector.config, scoring=replace(detector.config.scoring, pixel_evidence=False))
+    own = detector.config.with_settings({"scoring.places": "own"})
+    config = own.with_settings({"scoring.pixel_evidence": "off"})
     category = find_category(photos / "gear")
     training, held_out = (torch.stack([to_unit(prepare(read_image(path), size=config.model.image_size,
                                                        channels=config.model.channels)) for path in paths])
                           for paths in (category.train[8:], category.train[:8]))
     cells, both = (calibrated(detector.model, each, training, held_out, detector.provenance, detector.device, None)
-                   for each in (config, detector.config))
+                   for each in (config, own))
     assert cells.distribution.fine is None and both.distribution.fine is not None
     for one, other in zip(cells.distribution.parts, both.distribution.parts, strict=True):
         assert torch.equal(one.whitening, other.whitening)
@@ -249,6 +251,38 @@ def test_without_evidence_of_pixels_there_is_none(run, photos, detector, tests, 
     of_cells = loaded.predict(broken).anomaly_map
     assert np.allclose(of_cells, cells.predict(broken).anomaly_map, atol=1e-3)
     assert 0.5 < (both.predict(broken).anomaly_map - of_cells).max() < 2.1
+
+
+@pytest.fixture(scope="module")
+def shared_run(run, photos, tmp_path_factory):
+    """The same network, with one distribution of all places."""
+    return recalibrate(run.path, photos / "gear", out=tmp_path_factory.mktemp("shared"),
+                       settings={"scoring.places": "shared"})
+
+
+def test_a_distribution_of_all_places_is_stored(shared_run, detector, tests):
+    shared = Detector.load(shared_run.path)
+    assert all(part.kinds is not None for part in shared.distribution.parts)
+    again = [each.anomaly_map for each in Detector.load(shared_run.path).predict_batch(tests)]
+    for path, one, other in zip(tests, shared.predict_batch(tests), again, strict=True):
+        assert np.array_equal(one.anomaly_map, other), path
+    broken = next(path for path in tests if path.parent.name == "missing_tooth")
+    assert not np.allclose(shared.predict(broken).anomaly_map, detector.predict(broken).anomaly_map, atol=0.1)
+
+
+@pytest.mark.parametrize("change", [
+    lambda info, tensors: tensors.pop("distribution.0.kinds.offset"),
+    lambda info, tensors: tensors.update({"distribution.1.kinds.offset": tensors["distribution.1.kinds.offset"][1:]}),
+    lambda info, tensors: tensors.update({"distribution.1.kinds.log_weight": torch.zeros(0)}),
+    lambda info, tensors: tensors["distribution.2.kinds.whitening"].fill_(float("inf")),
+    lambda info, tensors: info["config"]["scoring"].update(places="own"),
+])  # fmt: skip
+def test_a_forged_distribution_of_all_places_is_refused(shared_run, tmp_path, change):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(shared_run.model_path.read_bytes())
+    forged(Detector.load(file), file, change)
+    with pytest.raises(InTraError, match=str(tmp_path)):
+        Detector.load(file)
 
 
 def test_wrong_images_are_refused(detector, tmp_path):

@@ -152,9 +152,11 @@ def test_the_papers_kind_of_model_is_exported_too(tmp_path):
     assert all(equal(one, other) for one, other in pairs)
 
 
-def test_grids_that_do_not_divide_are_exported_too(photos, tmp_path):
+@pytest.mark.parametrize("places", ["own", "shared"])
+def test_grids_that_do_not_divide_are_exported_too(photos, tmp_path, places):
     """10 x 12 small cells, 2 x 3 large ones."""
-    settings = TINY | {"model.segmenter_width": "0", "model.depth": "1", "model.mean_start": "on"}
+    settings = TINY | {"model.segmenter_width": "0", "model.depth": "1", "model.mean_start": "on",
+                       "scoring.places": places}
     run = train(photos / "gear", tmp_path / "run", preset="fast", steps=1, image_size="80x96", settings=settings)
     for name, suffix in (("onnx", ".onnx"), ("openvino", ".xml")):
         found = export(run.path, (tmp_path / "gear").with_suffix(suffix), format=name, data=photos / "gear")
@@ -164,9 +166,10 @@ def test_grids_that_do_not_divide_are_exported_too(photos, tmp_path):
 @pytest.mark.parametrize(("preset", "settings"), [
     ("fast", TINY | {"model.segmenter_width": "0", "model.depth": "2", "model.mean_start": "on",
                      "scoring.difference_weight": "1"}),
+    ("fast", TINY | {"model.segmenter_width": "0", "model.depth": "1", "scoring.places": "shared"}),
     ("riad", {"model.base_width": "4", "scoring.precision": "fp32"}),
     ("autoencoder_l2", {"model.latent_dim": "8", "scoring.precision": "fp32"}),
-], ids=["no segmenter", "riad", "autoencoder"])  # fmt: skip
+], ids=["no segmenter", "shared places", "riad", "autoencoder"])  # fmt: skip
 def test_every_models_graph_is_its_detector(photos, tmp_path, preset, settings):
     folder = train(photos / "gear", tmp_path / "run", preset=preset, steps=1, image_size=64, settings=settings).path
     detector = Detector.load(folder)

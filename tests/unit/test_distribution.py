@@ -289,7 +289,7 @@ def test_light_that_changes_everywhere_is_no_defect():
 
 def test_moments_are_numpys():
     features = noise(3, 5, 40).square()
-    mean, std, modes, covariance = _moments(features, 2)
+    mean, std, modes, found = _moments(features, 2)
     numbers = features.double().numpy()
     away = numbers - numbers.mean(2, keepdims=True)
     np.testing.assert_allclose(mean, numbers.mean(2), rtol=1e-5)
@@ -298,7 +298,7 @@ def test_moments_are_numpys():
     left = np.linalg.svd(flat)[0][:, :2]
     np.testing.assert_allclose(np.abs(modes.flatten(0, 1).double().numpy().T @ left), np.eye(2)[::-1], atol=1e-4)
     rest = (flat - left @ left.T @ flat).reshape(3, 5, 40)
-    np.testing.assert_allclose(covariance[1], np.cov(rest[1]), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found, rest, rtol=1e-3, atol=1e-4)
 
 
 def test_few_images_have_no_modes():
@@ -317,7 +317,9 @@ def test_the_likeliest_shrinkage_whitens():
     shrunk = [((1 - share) * covariance + share * shared + floor).double() for share in SHRINKAGES]
     likelihoods = [sum(multivariate_normal(cov=each[cell].numpy()).logpdf(unseen[cell].T.numpy()).sum()
                        for cell in range(4)) for each in shrunk]
-    found = _whitening(covariance, unseen).double()
+    found, log_density = _whitening(covariance, unseen)
+    assert log_density == pytest.approx(max(likelihoods) / (4 * 9) + 3 * np.log(2 * np.pi), abs=1e-4)
+    found = found.double()
     torch.testing.assert_close((found.transpose(1, 2) @ found).inverse(), shrunk[int(np.argmax(likelihoods))],
                                rtol=1e-3, atol=1e-4)
 
@@ -339,10 +341,12 @@ def test_few_images_share_their_covariance_and_many_need_not():
     torch.zeros(4, 3, 32, 32), torch.ones(4, 1, 32, 32), torch.full((2, 1, 16, 48), 0.5), noise(3, 5, 8, 8),
     (255 * noise(4, 3, 33, 17)).byte(), noise(4, 1, 72, 56),  # the last: 9 x 7 and 2 x 2 cells
 ])  # fmt: skip
-def test_flat_tiny_and_odd_photos_give_finite_evidence(photos):
+@pytest.mark.parametrize("places", ["auto", "own", "shared"])
+def test_flat_tiny_and_odd_photos_give_finite_evidence(photos, places):
     unit = to_unit(photos)
     describe = described(photos, num_filters=16)
-    found = GoodPatches(describe, describe(unit, unit), num_modes=16).fitted(describe(unit[:1], unit[:1]))
+    good = GoodPatches(describe, describe(unit, unit), num_modes=16, places=places)
+    found = good.fitted(describe(unit[:1], unit[:1]))
     evidence = found.evidence(1 - unit, unit)
     assert evidence.shape == (len(unit), *unit.shape[-2:])
     assert evidence.isfinite().all()

@@ -234,7 +234,7 @@ def test_calibrates_there_or_where_the_memory_suffices(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, roi_run: Run, photos: Path,
     tmp_path: Path, suffices: bool,
 ) -> None:  # fmt: skip
-    asked: Any = {"data": photos / "gear", "settings": {"scoring.num_modes": "3"}}
+    asked: Any = {"data": photos / "gear", "settings": {"scoring.num_modes": "3", "scoring.places": "shared"}}
     here = recalibrate(roi_run.path, out=tmp_path / "cpu", device="cpu", **asked)
     original, places = GoodPatches.fitted, []
 

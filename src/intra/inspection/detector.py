@@ -28,6 +28,7 @@ from intra.inspection.model_file import (
     DISTRIBUTION_TENSORS,
     FINE_TENSORS,
     FORMAT_VERSION,
+    KINDS_TENSORS,
     REGION_TENSORS,
     SETUP_TENSORS,
     check_content,
@@ -197,6 +198,8 @@ class Detector:
             tensors[f"distribution.filters.{index}"] = filters
         for index, part in enumerate(self.distribution.parts if self.distribution else ()):
             tensors |= {f"distribution.{index}.{name}": getattr(part, name) for name in DISTRIBUTION_TENSORS}
+            tensors |= {f"distribution.{index}.kinds.{name}": getattr(part.kinds, name) for name in KINDS_TENSORS
+                        if part.kinds}
         if self.distribution and self.distribution.fine:
             tensors |= {f"distribution.fine.{name}": getattr(self.distribution.fine, name) for name in FINE_TENSORS}
         if self.setup:

@@ -6,14 +6,15 @@ means *and covariances* over good images are kept for every place: which changes
 known from good images alone. A Gaussian of features at each place is PaDiM's (Defard et al. 2021), there of a
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
+Where the photos show that a place has no look of its own, all places share one mixture (kinds.py).
 Beside the cells stands how much each pixel is repaired (fine.py): what is smaller than a cell shows there.
 docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md, 0019-divided.md,
-0021-fine.md
+0021-fine.md, 0024-shared.md
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures
 from intra.inspection.fine import FineDistribution
+from intra.inspection.kinds import CellKinds
+from intra.settings import Places
 
 __all__ = ["CellDistribution", "GoodPatches", "PatchDistribution"]
 
@@ -42,9 +45,11 @@ class CellDistribution:
     std: Float[Tensor, " d"]  # the unit of each feature
     modes: Float[Tensor, "cells d modes"]  # of unit length: how all cells change together from good image to image
     whitening: Float[Tensor, "cells d d"]  # W; WᵀW is the inverse of the covariance of what the modes leave
+    kinds: CellKinds | None = None  # what a cell, without the modes, is held against instead; None: that Gaussian
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
-        """The squared Mahalanobis distances, divided by D: about 1 for good images.
+        """The squared Mahalanobis distances, divided by D: about 1 for good images. From the Gaussian of the cell's
+        place, or from the nearest that all places share.
 
         How far the image goes along the modes is found by robust regression, for a large defect would pass for one of
         them: a cell of distance d counts 1/d (Huber's weight), by steepest descent, as the modes are orthonormal.
@@ -53,7 +58,16 @@ class CellDistribution:
         weight = 1 / self._squares(left).clamp(min=1)[:, None]
         for _ in range(ROBUST_STEPS):
             left = _without(self.modes, left, weight)
-        return self._squares(left)
+        return self._squares(left) if self.kinds is None else self.kinds.distances(self.anywhere(left))
+
+    def anywhere(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
+        """What the modes leave of features, given as it lies from each place's mean, as it is at any place."""
+        return left + (self.mean / self.std)[..., None]
+
+    def to(self, device: torch.device) -> "CellDistribution":
+        """The same on a device."""
+        return CellDistribution(self.mean.to(device), self.std.to(device), self.modes.to(device),
+                                self.whitening.to(device), self.kinds and self.kinds.to(device))
 
     def _squares(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         # images as rows, as below: a CPU takes this product twice as fast as its transpose
@@ -101,42 +115,61 @@ class PatchDistribution:
 
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
-        parts = (CellDistribution(*(getattr(part, each.name).to(device) for each in fields(part)))
-                 for part in self.parts)
-        return PatchDistribution(self.describe.to(device), tuple(parts), self.fine and self.fine.to(device))
+        return PatchDistribution(self.describe.to(device), tuple(part.to(device) for part in self.parts),
+                                 self.fine and self.fine.to(device))
 
 
 class GoodPatches:
-    """What the features of the good images that were trained on have in common: mean, modes and covariance.
+    """What the features of the good images that were trained on have in common: mean, modes and covariance, and the
+    kinds of cells.
 
     Args:
         describe: what made the features.
         features: of n good images, each that `describe` gives.
         num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
+        places: whether each place has a Gaussian of its own, or all share a mixture; auto: `fitted` decides.
+        seed: of the cells that the kinds are learnt from.
     """
 
     def __init__(
-        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int
-    ) -> None:
-        self.describe = describe
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int,
+        places: Places = "own", seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.describe, self._places = describe, places
         count = len(describe.scales) * len(describe.grids) * len(FEATURES_OF_A_FILTER)
-        self._moments = [_moments(each, num_modes) for each in features[:count]]
+        self._parts: list[CellDistribution] = []  # with the covariance in place of the whitening
+        for each in features[:count]:
+            mean, std, modes, left = _moments(each, num_modes)
+            part = CellDistribution(mean, std, modes, left @ left.transpose(1, 2) / max(1, left.shape[2] - 1))
+            if places != "own":
+                part = replace(part, kinds=CellKinds.of(part.anywhere(left), seed))
+            self._parts.append(part)
         self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of cells alone
 
     def fitted(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more
         a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
-        of all.
+        of all, and with places "auto" whether places have Gaussians of their own.
         """
-        parts = []
-        of_cells, of_pixels = held_out[: len(self._moments)], held_out[len(self._moments) :]
-        for (mean, std, modes, covariance), unseen in zip(self._moments, of_cells, strict=True):
-            left = _without(modes, (unseen - mean[..., None]) / std[:, None])
+        own, shared = [], []
+        own_density = shared_density = 0.0
+        of_cells, of_pixels = held_out[: len(self._parts)], held_out[len(self._parts) :]
+        for part, unseen in zip(self._parts, of_cells, strict=True):
+            covariance = part.whitening
+            left = _without(part.modes, (unseen - part.mean[..., None]) / part.std[:, None])
             spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
             wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
-            parts.append(CellDistribution(mean, std, modes, _whitening(covariance * wider[:, None] * wider, left)))
+            whitening, log_density = _whitening(covariance * wider[:, None] * wider, left)
+            own.append(replace(part, whitening=whitening, kinds=None))
+            own_density += log_density
+            if part.kinds is not None:
+                anywhere = part.anywhere(left)
+                kinds = part.kinds.held_against(anywhere)
+                shared.append(replace(own[-1], kinds=kinds))
+                shared_density += kinds.log_density(anywhere)
+        are_shared = self._places == "shared" or (self._places == "auto" and shared_density > own_density)
         fine = [each.held_against(unseen) for each, unseen in zip(self._fine, of_pixels, strict=True)]
-        return PatchDistribution(self.describe, tuple(parts), *fine)
+        return PatchDistribution(self.describe, tuple(shared if are_shared else own), *fine)
 
 
 def _in_parts(
@@ -159,8 +192,8 @@ def _in_parts(
 
 def _moments(
     features: Float[Tensor, "cells d n"], num_modes: int
-) -> tuple[Float[Tensor, "cells d"], Float[Tensor, " d"], Float[Tensor, "cells d modes"], Float[Tensor, "cells d d"]]:
-    """Mean; standard deviation of each feature at a place; modes, and the covariance of what they leave, in its units.
+) -> tuple[Float[Tensor, "cells d"], Float[Tensor, " d"], Float[Tensor, "cells d modes"], Float[Tensor, "cells d n"]]:
+    """Mean; standard deviation of each feature at a place; modes, and what they leave of each image, in its units.
 
     The modes are the first principal components of all cells' features together, from the n x n matrix of their inner
     products.
@@ -176,8 +209,7 @@ def _moments(
     first = slice(count - min(num_modes, count // IMAGES_PER_MODE), count)
     modes = flat @ (directions[:, first] / lengths[first].clamp(min=LEAST_VARIANCE).sqrt())
     modes = modes.unflatten(0, away.shape[:2])
-    left = _without(modes, away)
-    return mean, std, modes, left @ left.transpose(1, 2) / max(1, count - 1)
+    return mean, std, modes, _without(modes, away)
 
 
 def _without(
@@ -193,9 +225,9 @@ def _without(
 
 def _whitening(
     covariance: Float[Tensor, "cells d d"], unseen: Float[Tensor, "cells d b"]
-) -> Float[Tensor, "cells d d"]:
+) -> tuple[Float[Tensor, "cells d d"], float]:
     """The W of a CellDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
-    mean.
+    mean, and the mean logarithm of their density with it, but for a Gaussian's constant.
 
     All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
     root of (1 - s)A + sB is ((1 - s)Λ + s)^-½ QᵀL⁻¹.
@@ -216,4 +248,5 @@ def _whitening(
         """The mean negative log-density, but for its constant."""
         return float((squares / shrunk(share) + shrunk(share).log()).sum(1).mean() / 2)
 
-    return aligned / shrunk(min(SHRINKAGES, key=surprise)).sqrt()[..., None]
+    share = min(SHRINKAGES, key=surprise)
+    return aligned / shrunk(share).sqrt()[..., None], float(root.diagonal().log().sum()) - surprise(share)

@@ -21,16 +21,19 @@ from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.distribution import CellDistribution, PatchDistribution
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures, cell_grids
 from intra.inspection.fine import FineDistribution, fine_size
+from intra.inspection.kinds import CellKinds
 from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup
 
-__all__ = ["DISTRIBUTION_TENSORS", "FINE_TENSORS", "FORMAT_VERSION", "MODEL_FILE", "REGION_TENSORS", "SETUP_TENSORS",
-           "check_content", "content_digest", "model_file", "read_model", "stored_distribution", "stored_region",
-           "stored_setup", "write_model"]
+__all__ = ["DISTRIBUTION_TENSORS", "FINE_TENSORS", "FORMAT_VERSION", "KINDS_TENSORS", "MODEL_FILE", "REGION_TENSORS",
+           "SETUP_TENSORS", "check_content", "content_digest", "model_file", "read_model", "stored_distribution",
+           "stored_region", "stored_setup", "write_model"]
 
-FORMAT_VERSION = 8  # other versions are refused
+FORMAT_VERSION = 9  # other versions are refused
 MODEL_FILE = "model.safetensors"
-DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution))  # of each scale, grid and description
+# of each scale, grid and description
+DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution) if each.name != "kinds")
+KINDS_TENSORS = tuple(each.name for each in fields(CellKinds))  # likewise, where all places share a distribution
 FINE_TENSORS = tuple(each.name for each in fields(FineDistribution))
 SETUP_TENSORS = ("mean", "centre", "spread")
 REGION_TENSORS = ("inside", "fill")
@@ -100,11 +103,16 @@ def stored_distribution(
     grids = cell_grids(model.image_size, scoring.cell_sizes)
     cells = cells_of(region, grids)
     counts = [rows * cols for rows, cols in grids] if cells is None else [len(each.kept) for each in cells]
+    is_shared = scoring.places == "shared" or (
+        scoring.places == "auto" and any(name.startswith("distribution.0.kinds.") for name in tensors))
     filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
     parts: list[CellDistribution] = []
     for each, places, num_features in itertools.product(filters, counts, FEATURES_OF_A_FILTER):
-        part = CellDistribution(*(tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS))
         width = num_features * len(each)
+        mean, std, modes, whitening = (
+            tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS)
+        part = CellDistribution(mean, std, modes, whitening,
+                                _stored_kinds(len(parts), width, tensors) if is_shared else None)
         if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
                 part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):
@@ -114,6 +122,17 @@ def stored_distribution(
         parts.append(part)
     describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells, scoring.pixel_evidence)
     return PatchDistribution(describe, tuple(parts), _stored_fine(config, tensors) if scoring.pixel_evidence else None)
+
+
+def _stored_kinds(index: int, width: int, tensors: dict[str, Tensor]) -> CellKinds:
+    kinds = CellKinds(*(tensors.pop(f"distribution.{index}.kinds.{name}") for name in KINDS_TENSORS))
+    count = len(kinds.log_weight)
+    if not count or kinds.whitening.shape != (count, width, width) or kinds.offset.shape != (count, width) or (
+            kinds.log_weight.ndim != 1):
+        raise ValueError("kinds of cells of another size than the distribution's")
+    if not _are_sound([kinds.whitening, kinds.offset, kinds.log_weight]):
+        raise ValueError("kinds of cells with numbers that are not finite, or not fp32")
+    return kinds
 
 
 def _stored_fine(config: Config, tensors: dict[str, Tensor]) -> FineDistribution:

@@ -62,14 +62,21 @@ class Split:
             chunks = [describe(to_unit(chunk), None) for chunk in part.split(8)]
             return [torch.cat(parts, dim=2) for parts in zip(*chunks, strict=True)]
 
-        self.good = GoodPatches(describe, features(photos[order[:half]]), num_modes=SCORING.num_modes)
         self.others = features(photos[order[half:]])
+        self.good = GoodPatches(describe, features(photos[order[:half]]), num_modes=SCORING.num_modes,
+                                places=SCORING.places)
         self.num_others = len(photos) - half
 
-    def evidence(self, places: Sequence[int], decided_by: Sequence[int]) -> Tensor:
-        """Of some of the other photos, with a distribution that is held against some of them."""
-        distribution = self.good.fitted([each[..., list(decided_by)] for each in self.others])
-        return distribution.evidence_of([each[..., list(places)] for each in self.others], self.size)
+    def evidence(self, places: Sequence[int], decided_by: Sequence[int], held_out: Sequence[int] | None = None
+                 ) -> Tensor:  # fmt: skip
+        """Of some of the other photos, with a distribution that is held against some of them, which are all that are
+        held out, or a fold less.
+        """
+        good = self.good.settled(self._of(held_out or decided_by))
+        return good.fitted(self._of(decided_by)).evidence_of(self._of(places), self.size)
+
+    def _of(self, index: Sequence[int]) -> list[Tensor]:
+        return [each[..., list(index)] for each in self.others]
 
 
 def measure(photos: Tensor, *, size: int, fits: int, splits: int, held_out: int, rate: float) -> None:
@@ -89,7 +96,7 @@ def measure(photos: Tensor, *, size: int, fits: int, splits: int, held_out: int,
         new = found[held_out:].amax((1, 2)).tolist()
 
         def refit(index: list[int], split: Split = split, places: list[int] = places) -> Tensor:
-            return split.evidence(places, index)[:, None]
+            return split.evidence(places, index, places)[:, None]
 
         _, crossed = calibrate(found[:held_out, None], found[:1, None][:, :0], kinds=KINDS, scoring=SCORING,
                                refit=refit)

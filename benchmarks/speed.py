@@ -120,7 +120,7 @@ def detector_of(config: Config, device: str, region: Region | None = None, thres
     if "distribution" in kinds:
         describe = PatchFeatures.of(pixels, scoring=config.scoring, seed=0, region=region)
         features = describe(pixels, pixels.roll(1, 0))
-        few = GoodPatches(describe, features, num_modes=config.scoring.num_modes).fitted(features)
+        few = GoodPatches(describe, features, num_modes=config.scoring.num_modes, places="own").fitted(features)
         # all modes, which take hundreds of photos: their number decides the time
         parts = [replace(part, modes=torch.linalg.qr(torch.randn(part.mean.numel(), config.scoring.num_modes))[0]
                          .unflatten(0, part.mean.shape)) for part in few.parts]

@@ -260,12 +260,17 @@ def shared_run(run, photos, tmp_path_factory):
                        settings={"scoring.places": "shared"})
 
 
-def test_a_distribution_of_all_places_is_stored(shared_run, detector, tests):
+def test_a_distribution_of_all_places_is_stored(shared_run, detector, tests, tmp_path):
     shared = Detector.load(shared_run.path)
     assert all(part.kinds is not None for part in shared.distribution.parts)
     again = [each.anomaly_map for each in Detector.load(shared_run.path).predict_batch(tests)]
     for path, one, other in zip(tests, shared.predict_batch(tests), again, strict=True):
         assert np.array_equal(one.anomaly_map, other), path
+    assert shared.info["calibration"]["places"] == "shared"
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(shared_run.model_path.read_bytes())
+    forged(shared, file, lambda info, tensors: info["config"]["scoring"].update(places="auto"))  # as if chosen
+    assert Detector.load(file).distribution.places == "shared"
     broken = next(path for path in tests if path.parent.name == "missing_tooth")
     assert not np.allclose(shared.predict(broken).anomaly_map, detector.predict(broken).anomaly_map, atol=0.1)
 
@@ -276,6 +281,9 @@ def test_a_distribution_of_all_places_is_stored(shared_run, detector, tests):
     lambda info, tensors: tensors.update({"distribution.1.kinds.log_weight": torch.zeros(0)}),
     lambda info, tensors: tensors["distribution.2.kinds.whitening"].fill_(float("inf")),
     lambda info, tensors: info["config"]["scoring"].update(places="own"),
+    lambda info, tensors: info["calibration"].update(places="own"),
+    lambda info, tensors: info["calibration"].update(places="any"),
+    lambda info, tensors: info["calibration"].pop("places"),
 ])  # fmt: skip
 def test_a_forged_distribution_of_all_places_is_refused(shared_run, tmp_path, change):
     file = tmp_path / "model.safetensors"

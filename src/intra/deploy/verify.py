@@ -20,6 +20,8 @@ from intra.provenance import code_sha256
 __all__ = ["manifest_of", "summary", "training_images_of"]
 
 MOST_NAMED = 5  # files in one message
+PLACES = {"own": "each is judged by what good photos show there",
+          "shared": "all are judged by what good photos show anywhere"}
 
 
 def manifest_of(model: str | Path) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def summary(manifest: Mapping[str, Any]) -> Iterator[str]:
         ("settings", f"preset {manifest['config'].get('preset', '?')}; each of them with --json"),
         ("calibration", f"threshold {threshold['value']:.6g} from {threshold['num_images']} held-out images: at most "
                         f"{threshold['false_reject_rate']:.2%} of good parts are rejected on average"),
+        ("places", PLACES.get(manifest["calibration"].get("places"), "not judged by a distribution")),
     ):  # fmt: skip
         yield f"{name:<20}{text}"
 

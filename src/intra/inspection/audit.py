@@ -75,5 +75,5 @@ def _cross_fitted(
         # in a small set a fold, or all others, may be odd ones alone
         chosen = [part & kept if (part & kept).any() else part for part in (own, others)]
         ours, theirs = ([each[..., part] for each in features] for part in chosen)
-        distributions.append(GoodPatches(describe, theirs, num_modes=num_modes).fitted(ours))
+        distributions.append(GoodPatches(describe, theirs, num_modes=num_modes, places="own").fitted(ours))
     return tuple(distributions)

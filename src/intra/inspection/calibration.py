@@ -131,7 +131,8 @@ def calibrate(
     images say in any case: what was trained on is too good for that.
 
     Whatever held-out images decide – means, tails, and with `refit` the distribution's spread and shrinkage – is
-    decided anew for each fold of them by the others alone, so that each is scored as a new image would be. `refit`
+    decided anew for each fold of them by the others alone, so that each is scored as a new image would be; but for
+    whether places share a distribution, which all decide by its likelihood, once: scores must be of one kind. `refit`
     gives the evidence of all held-out images if only those at the given places had a say in it. Raises InTraError as
     `check_held_out`.
     """

@@ -156,7 +156,7 @@ class Detector:
             reference = Reference(tensors.pop("reference.mean"), tensors.pop("reference.spread", None),
                                   tensors.pop("reference.tails", None))
             region = stored_region(config, tensors)
-            distribution = stored_distribution(config, tensors, region)
+            distribution = stored_distribution(config, tensors, region, header["calibration"]["places"])
             setup = stored_setup(config, tensors, header["calibration"].get("setup_scores"))
             check_content(config, tensors, reference, [chosen.value, *scores], provenance)
             with torch.device("meta"):
@@ -184,7 +184,8 @@ class Detector:
             "preprocessing": {"height": model.image_size[0], "width": model.image_size[1], "channels": model.channels,
                               "resize": "bilinear, antialiased", "range": [0, 1]},
             "calibration": {"threshold": asdict(self.calibration), "held_out_scores": self.held_out_scores,
-                            "setup_scores": list(self.setup.scores) if self.setup else None},
+                            "setup_scores": list(self.setup.scores) if self.setup else None,
+                            "places": self.distribution.places if self.distribution else None},
             "provenance": self.provenance,
         }
 

@@ -14,7 +14,9 @@ docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures
 from intra.inspection.fine import FineDistribution
-from intra.inspection.kinds import CellKinds
+from intra.inspection.kinds import MOST_CELLS, CellKinds
 from intra.settings import Places
 
 __all__ = ["CellDistribution", "GoodPatches", "PatchDistribution"]
@@ -55,21 +57,22 @@ class CellDistribution:
         them: a cell of distance d counts 1/d (Huber's weight), by steepest descent, as the modes are orthonormal.
         """
         left = _without(self.modes, (features - self.mean[..., None]) / self.std[:, None])
-        weight = 1 / self._squares(left).clamp(min=1)[:, None]
+        weight = 1 / self.squares(left).clamp(min=1)[:, None]
         for _ in range(ROBUST_STEPS):
             left = _without(self.modes, left, weight)
-        return self._squares(left) if self.kinds is None else self.kinds.distances(self.anywhere(left))
+        return self.squares(left) if self.kinds is None else self.kinds.distances(self.anywhere(left))
 
     def anywhere(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
-        """What the modes leave of features, given as it lies from each place's mean, as it is at any place."""
-        return left + (self.mean / self.std)[..., None]
+        """What the modes leave of features, given as it lies from each place's mean, as it lies from all places'."""
+        return left + _apart(self.mean, self.std)[..., None]
 
     def to(self, device: torch.device) -> "CellDistribution":
         """The same on a device."""
         return CellDistribution(self.mean.to(device), self.std.to(device), self.modes.to(device),
                                 self.whitening.to(device), self.kinds and self.kinds.to(device))
 
-    def _squares(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
+    def squares(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
+        """The squared distances, divided by D, of what the modes leave, from each place's own Gaussian."""
         # images as rows, as below: a CPU takes this product twice as fast as its transpose
         return (left.transpose(1, 2) @ self.whitening.transpose(1, 2)).square().mean(2)
 
@@ -81,6 +84,11 @@ class PatchDistribution:
     describe: PatchFeatures
     parts: tuple[CellDistribution, ...]
     fine: FineDistribution | None = None  # None: cells alone are described
+
+    @property
+    def places(self) -> Literal["own", "shared"]:
+        """Whether each place has a distribution of its own, or all share one."""
+        return "own" if self.parts[0].kinds is None else "shared"
 
     def evidence(
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
@@ -119,6 +127,17 @@ class PatchDistribution:
                                  self.fine and self.fine.to(device))
 
 
+@dataclass(frozen=True)
+class _Learnt:
+    """Of the good images that were trained on, of one description at one scale over one grid."""
+
+    mean: Float[Tensor, "cells d"]
+    std: Float[Tensor, " d"]
+    modes: Float[Tensor, "cells d modes"]
+    covariance: Float[Tensor, "cells d d"]  # of what the modes leave
+    kinds: CellKinds | None
+
+
 class GoodPatches:
     """What the features of the good images that were trained on have in common: mean, modes and covariance, and the
     kinds of cells.
@@ -127,49 +146,85 @@ class GoodPatches:
         describe: what made the features.
         features: of n good images, each that `describe` gives.
         num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
-        places: whether each place has a Gaussian of its own, or all share a mixture; auto: `fitted` decides.
+        places: whether each place has a Gaussian of its own, or all share a mixture; auto: `settled` decides.
         seed: of the cells that the kinds are learnt from.
     """
 
     def __init__(
-        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int,
-        places: Places = "own", seed: int = 0,
+        self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int, places: Places,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        self.describe, self._places = describe, places
+        self.describe, self.places = describe, places
         count = len(describe.scales) * len(describe.grids) * len(FEATURES_OF_A_FILTER)
-        self._parts: list[CellDistribution] = []  # with the covariance in place of the whitening
-        for each in features[:count]:
-            mean, std, modes, left = _moments(each, num_modes)
-            part = CellDistribution(mean, std, modes, left @ left.transpose(1, 2) / max(1, left.shape[2] - 1))
-            if places != "own":
-                part = replace(part, kinds=CellKinds.of(part.anywhere(left), seed))
-            self._parts.append(part)
+        self._parts = [_learnt(each, num_modes, None if places == "own" else seed) for each in features[:count]]
         self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of cells alone
+
+    def settled(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> "GoodPatches":
+        """With places "auto" the same with that of "own" and "shared" that makes the cells of good images that were not
+        trained on likelier: all descriptions, scales and grids together, of the median image, lest one odd one decide.
+        """
+        if self.places != "auto":
+            return self
+        for_shared = torch.stack([self._for_shared(part, unseen) for part, unseen in zip(
+            self._parts, held_out[: len(self._parts)], strict=True)]).sum(0)
+        settled = copy(self)
+        settled.places = "shared" if float(for_shared.quantile(0.5)) > 0 else "own"
+        return settled
 
     def fitted(self, held_out: Sequence[Float[Tensor, "_ _ n"]]) -> PatchDistribution:
         """The distribution, held against the features of good images that were not trained on: they say how much more
         a feature spreads on new images, and by their likelihood how far each place's covariance shrinks towards that
-        of all, and with places "auto" whether places have Gaussians of their own.
+        of all, and with places "auto" what `settled` says.
         """
-        own, shared = [], []
-        own_density = shared_density = 0.0
+        settled = self.settled(held_out)
         of_cells, of_pixels = held_out[: len(self._parts)], held_out[len(self._parts) :]
+        parts = []
         for part, unseen in zip(self._parts, of_cells, strict=True):
-            covariance = part.whitening
-            left = _without(part.modes, (unseen - part.mean[..., None]) / part.std[:, None])
-            spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
-            wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
-            whitening, log_density = _whitening(covariance * wider[:, None] * wider, left)
-            own.append(replace(part, whitening=whitening, kinds=None))
-            own_density += log_density
-            if part.kinds is not None:
-                anywhere = part.anywhere(left)
-                kinds = part.kinds.held_against(anywhere)
-                shared.append(replace(own[-1], kinds=kinds))
-                shared_density += kinds.log_density(anywhere)
-        are_shared = self._places == "shared" or (self._places == "auto" and shared_density > own_density)
+            own, left, _ = _of_places(part, unseen)
+            kinds = None if settled.places == "own" or part.kinds is None else (
+                part.kinds.held_against(own.anywhere(left))[0])
+            parts.append(replace(own, kinds=kinds))
         fine = [each.held_against(unseen) for each, unseen in zip(self._fine, of_pixels, strict=True)]
-        return PatchDistribution(self.describe, tuple(shared if are_shared else own), *fine)
+        return PatchDistribution(self.describe, tuple(parts), *fine)
+
+    @staticmethod
+    def _for_shared(part: _Learnt, unseen: Float[Tensor, "cells d n"]) -> Float[Tensor, " n"]:
+        """How much likelier, by its logarithm, each image's cells are in the mean if places share a distribution."""
+        own, left, log_volume = _of_places(part, unseen)
+        assert part.kinds is not None, "learnt with places auto"
+        _, density = part.kinds.held_against(own.anywhere(left))
+        return density - (log_volume - own.mean.shape[1] / 2 * own.squares(left).mean(0))
+
+
+def _learnt(features: Float[Tensor, "cells d n"], num_modes: int, seed: int | None) -> _Learnt:
+    """With the kinds of cells, drawn with this seed; None: without."""
+    mean, std, modes, left = _moments(features, num_modes)
+    covariance = left @ left.transpose(1, 2) / max(1, left.shape[2] - 1)
+    if seed is None:
+        return _Learnt(mean, std, modes, covariance, None)
+    chosen = torch.randperm(left.shape[0] * left.shape[2], generator=torch.Generator().manual_seed(seed))[:MOST_CELLS]
+    cell, image = (each.to(left.device) for each in (chosen // left.shape[2], chosen % left.shape[2]))
+    kinds = CellKinds.of(left[cell, :, image] + _apart(mean, std)[cell], seed)
+    return _Learnt(mean, std, modes, covariance, kinds)
+
+
+def _of_places(
+    part: _Learnt, unseen: Float[Tensor, "cells d n"]
+) -> tuple[CellDistribution, Float[Tensor, "cells d n"], float]:
+    """Each place's own Gaussian, held against images that were not trained on; what its modes leave of these, and the
+    mean of log |det W| over all places.
+    """
+    left = _without(part.modes, (unseen - part.mean[..., None]) / part.std[:, None])
+    covariance = part.covariance
+    spread = left.square().mean((0, 2)) / (covariance.diagonal(dim1=1, dim2=2).mean(0) + LEAST_VARIANCE)
+    wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
+    whitening, log_volume = _whitening(covariance * wider[:, None] * wider, left)
+    return CellDistribution(part.mean, part.std, part.modes, whitening), left, log_volume
+
+
+def _apart(mean: Float[Tensor, "cells d"], std: Float[Tensor, " d"]) -> Float[Tensor, "cells d"]:
+    """Each place's mean, as it lies from the mean of all, in units of each feature."""
+    return (mean - mean.mean(0)) / std
 
 
 def _in_parts(
@@ -227,7 +282,7 @@ def _whitening(
     covariance: Float[Tensor, "cells d d"], unseen: Float[Tensor, "cells d b"]
 ) -> tuple[Float[Tensor, "cells d d"], float]:
     """The W of a CellDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
-    mean, and the mean logarithm of their density with it, but for a Gaussian's constant.
+    mean; and the mean of log |det W|.
 
     All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
     root of (1 - s)A + sB is ((1 - s)Λ + s)^-½ QᵀL⁻¹.
@@ -248,5 +303,6 @@ def _whitening(
         """The mean negative log-density, but for its constant."""
         return float((squares / shrunk(share) + shrunk(share).log()).sum(1).mean() / 2)
 
-    share = min(SHRINKAGES, key=surprise)
-    return aligned / shrunk(share).sqrt()[..., None], float(root.diagonal().log().sum()) - surprise(share)
+    variances = shrunk(min(SHRINKAGES, key=surprise))
+    log_volume = float(root.diagonal().log().sum() - variances.log().sum(1).mean() / 2)
+    return aligned / variances.sqrt()[..., None], log_volume

@@ -11,17 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["CellKinds"]
+__all__ = ["MOST_CELLS", "CellKinds"]
 
 MOST_KINDS = 32
-CELLS_PER_KIND = 200  # at least, on average
+CELLS_PER_KIND = 200  # on average; fewer cells are of one kind
 MOST_CELLS = 50_000  # from which the kinds are learnt
 MEANS_STEPS = 15  # of k-means, from which the Gaussians start
 STEPS = 10
 COUNTED_SHARED = 1.0  # times D cells: so much the covariance of all kinds together counts in each kind's own
 FLOOR = 1e-3  # of each variance, where all cells' is 1
-LEAST_VARIANCE = 1e-4
+LEAST_VARIANCE = 1e-4  # of a feature, all about 1
+LEAST_STD = 1e-2
 ROWS_AT_ONCE = 512  # whose products stay in a CPU's cache
+KINDS_AT_ONCE = 8  # in an exported graph, which takes any number of rows
 
 
 @dataclass(frozen=True)
@@ -30,82 +32,85 @@ class CellKinds:
 
     whitening: Float[Tensor, "k d d"]  # W; WᵀW is the inverse of a kind's covariance
     offset: Float[Tensor, "k d"]  # W times its mean
-    log_weight: Float[Tensor, " k"]  # the logarithm of its share, and of |det W|
+    log_weight: Float[Tensor, " k"]  # log(share · |det W|)
 
     @classmethod
-    def of(cls, features: Float[Tensor, "cells d n"], seed: int) -> "CellKinds":
-        """From the cells of n good images, each cell belonging to the kind that makes it likeliest (classification EM,
-        Celeux & Govaert 1992).
+    def of(cls, rows: Float[Tensor, "n d"], seed: int) -> "CellKinds":
+        """From the features of n cells of good images, each cell belonging to the kind that makes it likeliest
+        (classification EM, Celeux & Govaert 1992).
         """
         generator = torch.Generator().manual_seed(seed)
-        cells, _, count = features.shape
-        chosen = torch.randperm(cells * count, generator=generator)[:MOST_CELLS].to(features.device)
-        rows = features[chosen // count, :, chosen % count]
-        num_kinds = max(1, min(MOST_KINDS, len(rows) // CELLS_PER_KIND))
-        belongs = _clustered(rows, num_kinds, generator)
-        kinds = cls._of_rows(rows, belongs, num_kinds)
+        belongs = _clustered(rows, max(1, min(MOST_KINDS, len(rows) // CELLS_PER_KIND)), generator)
+        kinds = cls._of_rows(rows, belongs)
         for _ in range(STEPS):
-            belongs = kinds._likeliest(kinds._squares(rows))
-            kinds = cls._of_rows(rows, belongs, num_kinds)
+            belongs = (kinds.log_weight - kinds._squares(rows) / 2).argmax(1)
+            kinds = cls._of_rows(rows, belongs)
         return kinds
 
     @classmethod
-    def _of_rows(cls, rows: Float[Tensor, "n d"], belongs: Int[Tensor, " n"], num_kinds: int) -> "CellKinds":
-        width = rows.shape[1]
-        own = [rows[belongs == kind] for kind in range(num_kinds)]
+    def _of_rows(cls, rows: Float[Tensor, "n d"], belongs: Int[Tensor, " n"]) -> "CellKinds":
+        own = [rows[belongs == kind] for kind in belongs.unique().tolist()]  # a kind without any cell is none
         sizes = rows.new_tensor([len(each) for each in own])
-        everywhere = rows.mean(0)
-        means = torch.stack([each.mean(0) if len(each) else everywhere for each in own])
+        means = torch.stack([each.mean(0) for each in own])
         scatter = torch.stack([(each - mean).T @ (each - mean) for each, mean in zip(own, means, strict=True)])
         shared = scatter.sum(0) / len(rows)
-        counted = COUNTED_SHARED * width
+        counted = COUNTED_SHARED * rows.shape[1]
         covariance = (scatter + counted * shared) / (sizes + counted)[:, None, None]
         floor = FLOOR * rows.var(0, correction=0) + LEAST_VARIANCE
         whitening = torch.linalg.inv(torch.linalg.cholesky(covariance + floor.diag()))
-        share = (sizes + 1) / (sizes + 1).sum()
-        log_weight = share.log() + whitening.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_weight = (sizes / len(rows)).log() + whitening.diagonal(dim1=1, dim2=2).log().sum(1)
         return cls(whitening, (whitening @ means[..., None])[..., 0], log_weight)
 
-    def held_against(self, features: Float[Tensor, "cells d b"]) -> "CellKinds":
-        """As wide that other good images' cells, which it has not seen, lie at 1 in the mean."""
-        wider = math.sqrt(max(float(self.distances(features).mean()), LEAST_VARIANCE))
-        width = self.offset.shape[1]
-        return CellKinds(self.whitening / wider, self.offset / wider, self.log_weight - width * math.log(wider))
+    def held_against(self, features: Float[Tensor, "cells d b"]) -> tuple["CellKinds", Float[Tensor, " b"]]:
+        """The kinds so much wider that other good images' cells, which they have not seen, lie at 1 in the mean, if
+        they lay farther; and of each of these images the mean logarithm of its cells' density then, but for a
+        Gaussian's constant.
+        """
+        squares = self._squares(_rows(features))
+        width = features.shape[1]
+        wider = math.sqrt(max(1.0, float(self._expected(squares).mean()) / width))
+        kinds = CellKinds(self.whitening / wider, self.offset / wider, self.log_weight - width * math.log(wider))
+        density = (kinds.log_weight - squares / wider**2 / 2).logsumexp(1)
+        return kinds, density.unflatten(0, (features.shape[0], features.shape[2])).mean(0)
 
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
-        """The squared Mahalanobis distance of each cell from the kind that makes it likeliest, divided by D."""
-        squares = self._squares(features.transpose(1, 2).flatten(0, 1))
-        nearest = squares.gather(1, self._likeliest(squares)[:, None])[:, 0] / features.shape[1]
-        return nearest.unflatten(0, (features.shape[0], features.shape[2]))
-
-    def log_density(self, features: Float[Tensor, "cells d b"]) -> float:
-        """The mean over all cells of the logarithm of their density, but for a constant that is the same for any
-        Gaussian of as many features.
+        """The squared Mahalanobis distance of each cell from its kind, divided by D: the mean over the kinds, each as
+        probable as it is given the cell.
         """
-        squares = self._squares(features.transpose(1, 2).flatten(0, 1))
-        return float((self.log_weight - squares / 2).logsumexp(1).mean())
+        found = self._expected(self._squares(_rows(features))) / features.shape[1]
+        return found.unflatten(0, (features.shape[0], features.shape[2]))
 
     def to(self, device: torch.device) -> "CellKinds":
         """The same on a device."""
         return CellKinds(*(getattr(self, each.name).to(device) for each in fields(self)))
 
     def _squares(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        along, offset = self.whitening.flatten(0, 1).T, self.offset
-        # an exported graph takes any number of rows, and its runtime divides the work itself
-        parts = [rows] if torch.compiler.is_compiling() else rows.split(ROWS_AT_ONCE)
-        return torch.cat([(part @ along - offset.flatten()).square().unflatten(1, offset.shape).sum(2)
-                          for part in parts])
+        if torch.compiler.is_compiling():
+            return torch.cat([_squares_of(rows, whitening, offset) for whitening, offset in zip(
+                self.whitening.split(KINDS_AT_ONCE), self.offset.split(KINDS_AT_ONCE), strict=True)], dim=1)
+        return torch.cat([_squares_of(part, self.whitening, self.offset) for part in rows.split(ROWS_AT_ONCE)])
 
-    def _likeliest(self, squares: Float[Tensor, "n k"]) -> Int[Tensor, " n"]:
-        return (self.log_weight - squares / 2).argmax(1)
+    def _expected(self, squares: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+        # not that of the likeliest kind alone, which jumps where two are as likely: rounding would decide
+        return ((self.log_weight - squares / 2).softmax(1) * squares).sum(1)
+
+
+def _squares_of(
+    rows: Float[Tensor, "n d"], whitening: Float[Tensor, "k d d"], offset: Float[Tensor, "k d"]
+) -> Float[Tensor, "n k"]:
+    whitened = rows @ whitening.flatten(0, 1).T - offset.flatten()
+    return whitened.square().unflatten(1, offset.shape).sum(2)
+
+
+def _rows(features: Float[Tensor, "cells d b"]) -> Float[Tensor, "n d"]:
+    return features.transpose(1, 2).flatten(0, 1)
 
 
 def _clustered(rows: Float[Tensor, "n d"], num_kinds: int, generator: torch.Generator) -> Int[Tensor, " n"]:
     """k-means, each feature in units of its standard deviation."""
-    scaled = rows / (rows.std(0, correction=0) + LEAST_VARIANCE)
+    scaled = (rows - rows.mean(0)) / (rows.std(0, correction=0) + LEAST_STD)
     centres = scaled[torch.randperm(len(rows), generator=generator)[:num_kinds].to(rows.device)]
     for _ in range(MEANS_STEPS):
         belongs = torch.cdist(scaled, centres).argmin(1)
-        centres = torch.stack([scaled[belongs == kind].mean(0) if (belongs == kind).any() else centre
-                               for kind, centre in enumerate(centres)])
+        centres = torch.stack([scaled[belongs == kind].mean(0) for kind in belongs.unique().tolist()])
     return torch.cdist(scaled, centres).argmin(1)

@@ -94,27 +94,29 @@ def stored_region(config: Config, tensors: dict[str, Tensor]) -> Region | None:
 
 
 def stored_distribution(
-    config: Config, tensors: dict[str, Tensor], region: Region | None
+    config: Config, tensors: dict[str, Tensor], region: Region | None, places: object
 ) -> PatchDistribution | None:
-    """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config."""
+    """Takes the distribution out of a model file's tensors. Raises ValueError where it does not fit the config, or the
+    `places` that it is said to be of.
+    """
     scoring, model = config.scoring, config.model
     if not scoring.distribution_weight:
         return None
     grids = cell_grids(model.image_size, scoring.cell_sizes)
     cells = cells_of(region, grids)
     counts = [rows * cols for rows, cols in grids] if cells is None else [len(each.kept) for each in cells]
-    is_shared = scoring.places == "shared" or (
-        scoring.places == "auto" and any(name.startswith("distribution.0.kinds.") for name in tensors))
+    if places not in ("own", "shared") or scoring.places not in (places, "auto"):
+        raise ValueError(f"a distribution of {places!r} places, {scoring.places!r} in its config")
     filters = [tensors.pop(f"distribution.filters.{index}") for index, _ in enumerate(scoring.distribution_scales)]
     parts: list[CellDistribution] = []
-    for each, places, num_features in itertools.product(filters, counts, FEATURES_OF_A_FILTER):
+    for each, num_cells, num_features in itertools.product(filters, counts, FEATURES_OF_A_FILTER):
         width = num_features * len(each)
         mean, std, modes, whitening = (
             tensors.pop(f"distribution.{len(parts)}.{name}") for name in DISTRIBUTION_TENSORS)
         part = CellDistribution(mean, std, modes, whitening,
-                                _stored_kinds(len(parts), width, tensors) if is_shared else None)
-        if part.mean.shape != (places, width) or part.whitening.shape != (places, width, width) or (
-                part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (places, width) or
+                                _stored_kinds(len(parts), width, tensors) if places == "shared" else None)
+        if part.mean.shape != (num_cells, width) or part.whitening.shape != (num_cells, width, width) or (
+                part.std.shape != (width,) or part.modes.ndim != 3 or part.modes.shape[:2] != (num_cells, width) or
                 each.ndim != 4 or each.shape[1] != model.channels):
             raise ValueError("a distribution of another size than the image's")
         if not _are_sound([each, part.mean, part.std, part.modes, part.whitening]) or not (part.std > 0).all():

@@ -68,7 +68,7 @@ def _calibrated(
     (trained_on, seen), (held_out, unseen) = _examined(model, config, shown, shown_held_out, kinds, describe,
                                                        on_calibration, region)
     good = (GoodPatches(describe, seen, num_modes=scoring.num_modes, places=scoring.places, seed=provenance["seed"])
-            if describe else None)
+            .settled(unseen) if describe else None)
 
     def fitted(places: list[int]) -> PatchDistribution | None:
         """The distribution, held against the held-out images at these places."""

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures
 from intra.inspection.fine import FineDistribution
-from intra.inspection.kinds import MOST_CELLS, CellKinds
+from intra.inspection.kinds import CellKinds
 from intra.settings import Places
 
 __all__ = ["CellDistribution", "GoodPatches", "PatchDistribution"]
 
 IMAGES_PER_MODE = 8  # at least
+MOST_CELLS = 50_000  # from which the kinds of cells are learnt
 ROBUST_STEPS = 2
 TINY_SHARE = 1e-6  # below that of one cell in a grid
 USUAL_EVIDENCE = math.log(2)  # log(1 + distance) of a good cell, whose distance is about 1

@@ -11,11 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["MOST_CELLS", "CellKinds"]
+__all__ = ["CellKinds"]
 
 MOST_KINDS = 32
 CELLS_PER_KIND = 200  # on average; fewer cells are of one kind
-MOST_CELLS = 50_000  # from which the kinds are learnt
 MEANS_STEPS = 15  # of k-means, from which the Gaussians start
 STEPS = 10
 COUNTED_SHARED = 1.0  # times D cells: so much the covariance of all kinds together counts in each kind's own

@@ -387,8 +387,7 @@ def _models(folder: Path) -> dict[str, bytes]:
     photos = torch.rand(4, 3, 24, 24)
     describe = PatchFeatures.of(photos, scoring=config.scoring, seed=0)
     features = describe(photos, photos)
-    good = GoodPatches(describe, features, num_modes=config.scoring.num_modes, places="shared",
-                       agreement=True)
+    good = GoodPatches(describe, features, num_modes=config.scoring.num_modes, places="shared")
     Detector(model, config, reference=reference, distribution=good.fitted(features),
              held_out_scores=[0.5, 1.5, 2.5], device="cpu",
              provenance={"seed": 0, "training_images": {"a.png": "0" * 64}, "pretrained_weights": None}

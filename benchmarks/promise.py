@@ -64,7 +64,7 @@ class Split:
 
         self.others = features(photos[order[half:]])
         self.good = GoodPatches(describe, features(photos[order[:half]]), num_modes=SCORING.num_modes,
-                                places=SCORING.places, agreement=SCORING.agreement_evidence)
+                                places=SCORING.places)
         self.num_others = len(photos) - half
 
     def evidence(self, places: Sequence[int], decided_by: Sequence[int], held_out: Sequence[int] | None = None

@@ -120,12 +120,11 @@ def detector_of(config: Config, device: str, region: Region | None = None, thres
     if "distribution" in kinds:
         describe = PatchFeatures.of(pixels, scoring=config.scoring, seed=0, region=region)
         features = describe(pixels, pixels.roll(1, 0))
-        few = GoodPatches(describe, features, num_modes=config.scoring.num_modes, places="own",
-                          agreement=config.scoring.agreement_evidence).fitted(features)
+        few = GoodPatches(describe, features, num_modes=config.scoring.num_modes, places="own").fitted(features)
         # all modes, which take hundreds of photos: their number decides the time
         parts = [replace(part, modes=torch.linalg.qr(torch.randn(part.mean.numel(), config.scoring.num_modes))[0]
                          .unflatten(0, part.mean.shape)) for part in few.parts]
-        distribution = PatchDistribution(describe, tuple(parts), few.fine, few.agreement)
+        distribution = PatchDistribution(describe, tuple(parts), few.fine)
     return Detector(build(config.model), config, reference=reference, held_out_scores=[threshold] * 20, provenance={},
                     distribution=distribution, setup=Setup.of(pixels), region=region, device=device)
 

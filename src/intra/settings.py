@@ -206,7 +206,6 @@ class ScoringConfig:
     # makes held-out good images likelier
     places: Places = "auto"
     pixel_evidence: bool = True  # of single pixels as well, where the distribution has a weight
-    agreement_evidence: bool = True  # of cells that are odd in the same way as well, likewise
     false_reject_rate: float = 0.01  # the threshold's share of good images that may be rejected
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 

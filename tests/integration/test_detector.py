@@ -215,11 +215,6 @@ def nothing_in_common(info, tensors):
     lambda info, tensors: tensors.pop("distribution.fine.mean"),
     lambda info, tensors: tensors.update({"distribution.fine.mean": tensors["distribution.fine.mean"][1:]}),
     lambda info, tensors: tensors["distribution.fine.spread"].zero_(),
-    lambda info, tensors: tensors.pop("distribution.agreement.usual"),
-    lambda info, tensors: tensors["distribution.agreement.usual"].zero_(),
-    lambda info, tensors: tensors.update({"distribution.agreement.usual": torch.ones(1)}),
-    lambda info, tensors: tensors.update({"distribution.agreement.usual": torch.tensor(float("nan"))}),
-    lambda info, tensors: info["config"]["scoring"].update(agreement_evidence=False),
 ])  # fmt: skip
 def test_a_forged_file_is_refused(run, detector, tmp_path, change):
     file = tmp_path / "model.safetensors"
@@ -236,23 +231,21 @@ def test_an_untouched_copy_made_the_same_way_is_loaded(run, detector, tmp_path):
     assert Detector.load(file).threshold == detector.threshold
 
 
-@pytest.mark.parametrize("name", ["pixel_evidence", "agreement_evidence"])
-def test_without_further_evidence_there_is_none(run, photos, detector, tests, tmp_path, name):
+def test_without_evidence_of_pixels_there_is_none(run, photos, detector, tests, tmp_path):
     """Learnt and stored: by the same network, cells say what they said."""
     own = detector.config.with_settings({"scoring.places": "own"})
-    config = own.with_settings({f"scoring.{name}": "off"})
+    config = own.with_settings({"scoring.pixel_evidence": "off"})
     category = find_category(photos / "gear")
     training, held_out = (torch.stack([to_unit(prepare(read_image(path), size=config.model.image_size,
                                                        channels=config.model.channels)) for path in paths])
                           for paths in (category.train[8:], category.train[:8]))
     cells, both = (calibrated(detector.model, each, training, held_out, detector.provenance, detector.device, None)
                    for each in (config, own))
-    part = {"pixel_evidence": "fine", "agreement_evidence": "agreement"}[name]
-    assert getattr(cells.distribution, part) is None and getattr(both.distribution, part) is not None
+    assert cells.distribution.fine is None and both.distribution.fine is not None
     for one, other in zip(cells.distribution.parts, both.distribution.parts, strict=True):
         assert torch.equal(one.whitening, other.whitening)
     cells.save(tmp_path / "model.safetensors")
-    assert not [tensor for tensor in load_file(tmp_path / "model.safetensors") if part in tensor]
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "fine" in name]
     loaded = Detector.load(tmp_path / "model.safetensors")
     broken = next(path for path in tests if path.parent.name == "missing_tooth")
     of_cells = loaded.predict(broken).anomaly_map

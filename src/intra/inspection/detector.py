@@ -25,7 +25,6 @@ from intra.inspection.device import autocast, for_inference, in_chunks, pick_dev
 from intra.inspection.distribution import PatchDistribution
 from intra.inspection.inpaint import Hiding, log_odds, repaired_views
 from intra.inspection.model_file import (
-    AGREEMENT_TENSOR,
     DISTRIBUTION_TENSORS,
     FINE_TENSORS,
     FORMAT_VERSION,
@@ -204,8 +203,6 @@ class Detector:
                         if part.kinds}
         if self.distribution and self.distribution.fine:
             tensors |= {f"distribution.fine.{name}": getattr(self.distribution.fine, name) for name in FINE_TENSORS}
-        if self.distribution and self.distribution.agreement:
-            tensors[AGREEMENT_TENSOR] = self.distribution.agreement.usual
         if self.setup:
             tensors |= {f"setup.{name}": getattr(self.setup, name) for name in SETUP_TENSORS}
         if self.region:

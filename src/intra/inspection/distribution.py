@@ -7,10 +7,9 @@ known from good images alone. A Gaussian of features at each place is PaDiM's (D
 pretrained network's features; ours are principal components of the photos themselves. What all places do together from
 one good image to the next – light, exposure, contrast, pose – is taken off before: a place is judged given its image.
 Where the photos show that a place has no look of its own, all places share one mixture (kinds.py).
-Beside the cells stands how much each pixel is repaired (fine.py): what is smaller than a cell shows there. And how
-far cells are odd in the same way all over the image (agreement.py): there what is large and faint shows.
+Beside the cells stands how much each pixel is repaired (fine.py): what is smaller than a cell shows there.
 docs/decisions/0009-distribution.md, 0013-modes.md, 0014-energies.md, 0016-large-regions.md, 0019-divided.md,
-0021-fine.md, 0024-shared.md, 0025-agreement.md
+0021-fine.md, 0024-shared.md
 """
 
 import math
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from intra.inspection.agreement import Agreement, agreeing, blurred
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures
 from intra.inspection.fine import FineDistribution
 from intra.inspection.kinds import CellKinds
@@ -55,12 +53,6 @@ class CellDistribution:
     def distances(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         """The squared Mahalanobis distances, divided by D: about 1 for good images. From the Gaussian of the cell's
         place, or from the nearest that all places share.
-        """
-        left = self.left(features)
-        return self.squares(left) if self.kinds is None else self.kinds.distances(self.anywhere(left))
-
-    def left(self, features: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
-        """What the modes leave of features, as it lies from each place's mean, in the unit of each feature.
 
         How far the image goes along the modes is found by robust regression, for a large defect would pass for one of
         them: a cell of distance d counts 1/d (Huber's weight), by steepest descent, as the modes are orthonormal.
@@ -69,7 +61,7 @@ class CellDistribution:
         weight = 1 / self.squares(left).clamp(min=1)[:, None]
         for _ in range(ROBUST_STEPS):
             left = _without(self.modes, left, weight)
-        return left
+        return self.squares(left) if self.kinds is None else self.kinds.distances(self.anywhere(left))
 
     def anywhere(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells d b"]:
         """What the modes leave of features, given as it lies from each place's mean, as it lies from all places'."""
@@ -82,12 +74,8 @@ class CellDistribution:
 
     def squares(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b"]:
         """The squared distances, divided by D, of what the modes leave, from each place's own Gaussian."""
-        return self.whitened(left).square().mean(2)
-
-    def whitened(self, left: Float[Tensor, "cells d b"]) -> Float[Tensor, "cells b d"]:
-        """What the modes leave in units of each place's own Gaussian, in one basis for all places."""
         # images as rows, as below: a CPU takes this product twice as fast as its transpose
-        return left.transpose(1, 2) @ self.whitening.transpose(1, 2)
+        return (left.transpose(1, 2) @ self.whitening.transpose(1, 2)).square().mean(2)
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,6 @@ class PatchDistribution:
     describe: PatchFeatures
     parts: tuple[CellDistribution, ...]
     fine: FineDistribution | None = None  # None: cells alone are described
-    agreement: Agreement | None = None  # of the smallest cells at the finest scale, their energies; None: not looked at
 
     @property
     def places(self) -> Literal["own", "shared"]:
@@ -108,8 +95,8 @@ class PatchDistribution:
         self, photos: Float[Tensor, "b c h w"], repaired: Float[Tensor, "b c h w"] | None
     ) -> Float[Tensor, "b h w"]:
         """log(1 + distance) at each pixel, summed over scales, descriptions and grids; that of a large cell lies where
-        the small cells in it have theirs. To it the pixels' own is added, and what cells have in common. Images in
-        [0, 1]; repaired ones as those that it was fitted to.
+        the small cells in it have theirs. To it the pixels' own is added. Images in [0, 1]; repaired ones as those
+        that it was fitted to.
         """
         return self.evidence_of(self.describe(photos, repaired), (photos.shape[-2], photos.shape[-1]))
 
@@ -121,12 +108,13 @@ class PatchDistribution:
         num_grids = len(self.describe.grids)
         over = [first + second for first, second in zip(found[::2], found[1::2], strict=True)]  # both descriptions
         sums = [torch.stack(over[index::num_grids]).sum(0).T for index in range(num_grids)]  # (B, cells) each
-        smallest, *large = (self.describe.laid(each, index)[:, None] for index, each in enumerate(sums))
+        if self.describe.cells is not None:  # a cell outside is as its neighbour: at the border nothing is diluted
+            sums = [each.index_select(1, cells.nearest) for each, cells in zip(sums, self.describe.cells, strict=True)]
+        smallest, *large = (each.unflatten(1, grid)[:, None]
+                            for each, grid in zip(sums, self.describe.grids, strict=True))
         usual = USUAL_EVIDENCE * len(over[::num_grids]) * len(FEATURES_OF_A_FILTER)
         described = None if self.describe.cells is None else self.describe.cells[0].mask(self.describe.grids[0])
         total = torch.stack([smallest, *(_in_parts(each, smallest, usual, described) for each in large)]).sum(0)
-        if self.agreement is not None:
-            total = total + self.agreement.evidence(_agreement(self.describe, self.parts[0], of_cells[0]))[:, None]
         enlarged = F.interpolate(total, size=size, mode="bilinear", align_corners=False)[:, 0]
         if self.fine is None:
             return enlarged
@@ -137,7 +125,7 @@ class PatchDistribution:
     def to(self, device: torch.device) -> "PatchDistribution":
         """The same on a device."""
         return PatchDistribution(self.describe.to(device), tuple(part.to(device) for part in self.parts),
-                                 self.fine and self.fine.to(device), self.agreement and self.agreement.to(device))
+                                 self.fine and self.fine.to(device))
 
 
 @dataclass(frozen=True)
@@ -160,15 +148,14 @@ class GoodPatches:
         features: of n good images, each that `describe` gives.
         num_modes: at most; few images have fewer, one for each IMAGES_PER_MODE.
         places: whether each place has a Gaussian of its own, or all share a mixture; auto: `settled` decides.
-        agreement: whether what cells have in common is evidence.
         seed: of the cells that the kinds are learnt from.
     """
 
     def __init__(
         self, describe: PatchFeatures, features: Sequence[Float[Tensor, "_ _ n"]], *, num_modes: int, places: Places,
-        agreement: bool = False, seed: int = 0,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        self.describe, self.places, self.agreement = describe, places, agreement
+        self.describe, self.places = describe, places
         count = len(describe.scales) * len(describe.grids) * len(FEATURES_OF_A_FILTER)
         self._parts = [_learnt(each, num_modes, None if places == "own" else seed) for each in features[:count]]
         self._fine = [FineDistribution.of(each) for each in features[count:]]  # one, or none of cells alone
@@ -199,12 +186,7 @@ class GoodPatches:
                 part.kinds.held_against(own.anywhere(left))[0])
             parts.append(replace(own, kinds=kinds))
         fine = [each.held_against(unseen) for each, unseen in zip(self._fine, of_pixels, strict=True)]
-        agreement = None
-        if self.agreement:
-            found = _agreement(self.describe, parts[0], of_cells[0]).flatten(1)
-            cells = self.describe.cells
-            agreement = Agreement.of(found if cells is None else found.index_select(1, cells[0].kept))
-        return PatchDistribution(self.describe, tuple(parts), fine[0] if fine else None, agreement)
+        return PatchDistribution(self.describe, tuple(parts), *fine)
 
     @staticmethod
     def _for_shared(part: _Learnt, unseen: Float[Tensor, "cells d n"]) -> Float[Tensor, " n"]:
@@ -239,13 +221,6 @@ def _of_places(
     wider = spread.clamp(min=1).sqrt()  # what was trained on is repaired better than what is new
     whitening, log_volume = _whitening(covariance * wider[:, None] * wider, left)
     return CellDistribution(part.mean, part.std, part.modes, whitening), left, log_volume
-
-
-def _agreement(
-    describe: PatchFeatures, part: CellDistribution, features: Float[Tensor, "cells d b"]
-) -> Float[Tensor, "b rows cols"]:  # fmt: skip
-    """How far the smallest cells of each image are odd in the same way."""
-    return blurred(describe.laid(agreeing(part.whitened(part.left(features))).T, 0))
 
 
 def _apart(mean: Float[Tensor, "cells d"], std: Float[Tensor, " d"]) -> Float[Tensor, "cells d"]:
@@ -310,8 +285,8 @@ def _whitening(
     """The W of a CellDistribution with the shrinkage that makes unseen features likeliest, given as they lie from the
     mean; and the mean of log |det W|.
 
-    All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, an inverse
-    root of (1 - s)A + sB is Q((1 - s)Λ + s)^-½ QᵀL⁻¹; the first Q lays all places in L's basis.
+    All shrinkages together: with covariance A and the mean of all places' B = LLᵀ, and L⁻¹AL⁻ᵀ = QΛQᵀ, the inverse
+    root of (1 - s)A + sB is ((1 - s)Λ + s)^-½ QᵀL⁻¹.
     """
     shared = covariance.mean(0)
     floor = (DIAGONAL_SHARE * shared.diagonal() + LEAST_VARIANCE).diag()
@@ -331,4 +306,4 @@ def _whitening(
 
     variances = shrunk(min(SHRINKAGES, key=surprise))
     log_volume = float(root.diagonal().log().sum() - variances.log().sum(1).mean() / 2)
-    return directions @ (aligned / variances.sqrt()[..., None]), log_volume
+    return aligned / variances.sqrt()[..., None], log_volume

@@ -80,14 +80,6 @@ class PatchFeatures:
             found.append(pixels_apart(photos, repaired))
         return found
 
-    def laid(self, values: Float[Tensor, "b cells"], index: int) -> Float[Tensor, "b rows cols"]:
-        """What belongs to the cells of a grid, on it. Outside a region a cell is as its neighbour, so that nothing is
-        diluted at the border.
-        """
-        if self.cells is not None:
-            values = values.index_select(1, self.cells[index].nearest)
-        return values.unflatten(1, self.grids[index])
-
     def to(self, device: torch.device) -> "PatchFeatures":
         """The same on a device."""
         cells = None if self.cells is None else tuple(each.to(device) for each in self.cells)

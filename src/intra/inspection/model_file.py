@@ -17,7 +17,6 @@ from torch import Tensor
 from intra.config import Config
 from intra.data.files import write_atomically
 from intra.errors import InTraError
-from intra.inspection.agreement import Agreement
 from intra.inspection.anomaly import Reference, evidence_kinds
 from intra.inspection.distribution import CellDistribution, PatchDistribution
 from intra.inspection.features import FEATURES_OF_A_FILTER, PatchFeatures, cell_grids
@@ -26,16 +25,15 @@ from intra.inspection.kinds import CellKinds
 from intra.inspection.region import Region, cells_of
 from intra.inspection.setup import Setup
 
-__all__ = ["AGREEMENT_TENSOR", "DISTRIBUTION_TENSORS", "FINE_TENSORS", "FORMAT_VERSION", "KINDS_TENSORS", "MODEL_FILE",
-           "REGION_TENSORS", "SETUP_TENSORS", "check_content", "content_digest", "model_file", "read_model",
-           "stored_distribution", "stored_region", "stored_setup", "write_model"]
+__all__ = ["DISTRIBUTION_TENSORS", "FINE_TENSORS", "FORMAT_VERSION", "KINDS_TENSORS", "MODEL_FILE", "REGION_TENSORS",
+           "SETUP_TENSORS", "check_content", "content_digest", "model_file", "read_model", "stored_distribution",
+           "stored_region", "stored_setup", "write_model"]
 
-FORMAT_VERSION = 10  # other versions are refused
+FORMAT_VERSION = 9  # other versions are refused
 MODEL_FILE = "model.safetensors"
 # of each scale, grid and description
 DISTRIBUTION_TENSORS = tuple(each.name for each in fields(CellDistribution) if each.name != "kinds")
 KINDS_TENSORS = tuple(each.name for each in fields(CellKinds))  # likewise, where all places share a distribution
-AGREEMENT_TENSOR = "distribution.agreement.usual"
 FINE_TENSORS = tuple(each.name for each in fields(FineDistribution))
 SETUP_TENSORS = ("mean", "centre", "spread")
 REGION_TENSORS = ("inside", "fill")
@@ -125,8 +123,7 @@ def stored_distribution(
             raise ValueError("a distribution with numbers that are not finite, or not fp32")
         parts.append(part)
     describe = PatchFeatures(scoring.distribution_scales, grids, tuple(filters), cells, scoring.pixel_evidence)
-    return PatchDistribution(describe, tuple(parts), _stored_fine(config, tensors) if scoring.pixel_evidence else None,
-                             _stored_agreement(tensors) if scoring.agreement_evidence else None)
+    return PatchDistribution(describe, tuple(parts), _stored_fine(config, tensors) if scoring.pixel_evidence else None)
 
 
 def _stored_kinds(index: int, width: int, tensors: dict[str, Tensor]) -> CellKinds:
@@ -147,13 +144,6 @@ def _stored_fine(config: Config, tensors: dict[str, Tensor]) -> FineDistribution
     if not _are_sound([fine.mean, fine.spread]) or not (fine.spread > 0).all():
         raise ValueError("a fine distribution with numbers that are not finite, not fp32, or not above 0")
     return fine
-
-
-def _stored_agreement(tensors: dict[str, Tensor]) -> Agreement:
-    agreement = Agreement(tensors.pop(AGREEMENT_TENSOR))
-    if agreement.usual.shape != () or not _are_sound([agreement.usual]) or not agreement.usual > 0:
-        raise ValueError("an agreement whose usual level is no fp32 number above 0")
-    return agreement
 
 
 def stored_setup(config: Config, tensors: dict[str, Tensor], scores: Sequence[float] | None) -> Setup | None:

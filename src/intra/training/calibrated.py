@@ -67,8 +67,7 @@ def _calibrated(
                 if "distribution" in kinds else None)
     (trained_on, seen), (held_out, unseen) = _examined(model, config, shown, shown_held_out, kinds, describe,
                                                        on_calibration, region)
-    good = (GoodPatches(describe, seen, num_modes=scoring.num_modes, places=scoring.places,
-                        agreement=scoring.agreement_evidence, seed=provenance["seed"])
+    good = (GoodPatches(describe, seen, num_modes=scoring.num_modes, places=scoring.places, seed=provenance["seed"])
             .settled(unseen) if describe else None)
 
     def fitted(places: list[int]) -> PatchDistribution | None:

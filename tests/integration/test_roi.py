@@ -17,7 +17,7 @@ from intra import cli
 from intra.config import Config, preset
 from intra.data.demo import make_demo
 from intra.data.folder import find_category
-from intra.data.roi import ROI_FILE, read_roi, save_roi
+from intra.data.roi import EARLIER_ROI_FILE, ROI_FILE, read_roi, save_roi
 from intra.deploy import export as export_module
 from intra.deploy.export_formats import to_onnx
 from intra.errors import InTraError
@@ -265,10 +265,19 @@ def test_a_region_of_a_run_before_is_not_taken_for_ones_own(photos, roi_mask, tm
     save_roi(roi_mask, tmp_path / ROI_FILE)
     run = train(photos / "gear", tmp_path, steps=1, image_size=64, settings=TINY)
     assert not (tmp_path / ROI_FILE).exists()
+    assert np.array_equal(read_roi(tmp_path / EARLIER_ROI_FILE), roi_mask)  # it may have been painted there
     for left in (run.model_path, tmp_path / CHECKPOINT_FILE):
         left.unlink()  # as if it had been killed before the first checkpoint
     assert Detector.load(train(photos / "gear", tmp_path, steps=1, image_size=64, settings=TINY, resume=True).path
                          ).region is None
+
+
+def test_no_mask_is_lost_where_another_is_written(roi_mask, tmp_path):
+    painted, earlier = tmp_path / ROI_FILE, tmp_path / EARLIER_ROI_FILE
+    PIL.Image.fromarray(~roi_mask).save(painted)
+    save_roi(roi_mask, painted)
+    save_roi(roi_mask, painted)  # a resumed run: nothing to keep
+    assert np.array_equal(read_roi(painted), roi_mask) and np.array_equal(read_roi(earlier), ~roi_mask)
 
 
 def test_bad_masks_are_told(photos, tmp_path):

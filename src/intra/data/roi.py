@@ -17,9 +17,10 @@ from intra.data.images import Box, box_slices, pixels_digest, read_mask
 from intra.data.layout import MASK_SUFFIXES
 from intra.errors import InTraError
 
-__all__ = ["ROI_FILE", "check_roi", "read_roi", "roi_box", "roi_digest", "roi_text", "save_roi"]
+__all__ = ["EARLIER_ROI_FILE", "ROI_FILE", "check_roi", "read_roi", "roi_box", "roi_digest", "roi_text", "save_roi"]
 
 ROI_FILE = "roi.png"  # in a run's folder, so that it resumes with the same region
+EARLIER_ROI_FILE = "roi_earlier.png"
 LARGEST_MISFIT = 0.02  # of the photos' aspect ratio: further off, a mask is another camera's
 LEAST_SIDE = 32  # px: a region of fewer than this squared, in the photos' pixels, shows nothing
 
@@ -88,11 +89,19 @@ def roi_digest(mask: Bool[np.ndarray, "h w"]) -> str:
 
 
 def save_roi(mask: Bool[np.ndarray, "h w"] | None, path: Path) -> None:
-    """Writes a PNG, white inside: whole or not at all. Without a region it removes that of a run before."""
-    if mask is None:
-        with suppress(OSError):
-            path.unlink()
-        return
+    """Writes a PNG, white inside: whole or not at all. Another one there, of a run before or painted by hand, is kept
+    beside it as EARLIER_ROI_FILE; without a region none stays.
+    """
+    content = b"" if mask is None else _png(mask)
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            return
+        path.replace(path.with_name(EARLIER_ROI_FILE))
+    if mask is not None:
+        write_atomically(path, content)
+
+
+def _png(mask: Bool[np.ndarray, "h w"]) -> bytes:
     content = io.BytesIO()
     PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(content, format="PNG")
-    write_atomically(path, content.getvalue())
+    return content.getvalue()

@@ -40,7 +40,8 @@ def audit_photos(
     photos: Shaped[Tensor, "n c h w"], *, scoring: ScoringConfig, seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Audit:  # fmt: skip
-    """The audit of at least two photos, uint8 or float in [0, 1]. Of `scoring` the distribution's settings count.
+    """The audit of at least two photos, uint8 or float in [0, 1]. Of `scoring` the distribution's settings count, but
+    for `places`, which have Gaussians of their own, and `pixel_evidence`, as there are no repaired images.
 
     `on_progress` is called with the number of photos that have been described, and of all.
     """

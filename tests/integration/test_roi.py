@@ -278,6 +278,9 @@ def test_no_mask_is_lost_where_another_is_written(roi_mask, tmp_path):
     save_roi(roi_mask, painted)
     save_roi(roi_mask, painted)  # a resumed run: nothing to keep
     assert np.array_equal(read_roi(painted), roi_mask) and np.array_equal(read_roi(earlier), ~roi_mask)
+    painted.write_bytes(b"")
+    save_roi(None, painted)  # an empty file is no region either, and would stop a run that resumes
+    assert not painted.exists()
 
 
 def test_bad_masks_are_told(photos, tmp_path):

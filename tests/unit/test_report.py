@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from intra.data.images import encode_png
 from intra.errors import InTraError
 from intra.evaluation import metrics, pictures
 from intra.evaluation.report import Curves, Gallery, _histogram, write_report
@@ -280,4 +281,4 @@ def test_shrinking_keeps_the_smallest_defect() -> None:
 def test_png_keeps_every_pixel() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     for array in (picture, picture[..., 0]):
-        assert (np.asarray(PIL.Image.open(io.BytesIO(pictures.encode_png(array)))) == array).all()
+        assert (np.asarray(PIL.Image.open(io.BytesIO(encode_png(array)))) == array).all()

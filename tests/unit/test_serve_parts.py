@@ -15,7 +15,7 @@ from fastapi import HTTPException, Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intra.data.images import UnreadableError, read_bytes, read_image
+from intra.data.images import UnreadableError, encode_png, read_bytes, read_image
 from intra.deploy.serve.drawing import KINDS, draw
 from intra.deploy.serve.guard import check_token, is_loopback
 from intra.deploy.serve.intake import MOST_FIELDS, Intake, plain_name
@@ -25,7 +25,6 @@ from intra.deploy.serve.server import bound_socket
 from intra.deploy.serve.store import PictureStore
 from intra.deploy.serve.worker import BusyError, Inspector
 from intra.errors import InTraError
-from intra.evaluation.pictures import encode_png
 from intra.inspection.detector import Detector, Prediction
 
 

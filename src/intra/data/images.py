@@ -1,6 +1,7 @@
 """Image files and arrays → pixels of one size and one number of channels. decode.py says what each format becomes."""
 
 import hashlib
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Shaped, UInt
 from torch import Tensor
 
 from intra.data.decode import (
@@ -33,7 +34,7 @@ from intra.data.files import listed
 from intra.errors import InTraError
 
 __all__ = ["IMAGE_SUFFIXES", "LEAST_SIDES", "Box", "ImageInfo", "UnreadableError", "auto_channels", "auto_image_size",
-           "box_slices", "convert_channels", "in_threads", "is_read_quickly", "pixels_digest", "prepare",
+           "box_slices", "convert_channels", "encode_png", "in_threads", "is_read_quickly", "pixels_digest", "prepare",
            "read_bytes", "read_image", "read_info", "read_mask", "read_set", "to_unit"]
 
 AREA = 256 * 256  # px of the image that `auto_image_size` aims at: the paper's smallest
@@ -164,6 +165,13 @@ def pixels_digest(image: Shaped[np.ndarray, "h w c"]) -> bytes:
     content = hashlib.blake2b(f"{image.shape}{image.dtype}".encode(), digest_size=16)
     content.update(image.tobytes())
     return content.digest()
+
+
+def encode_png(picture: UInt[np.ndarray, "h w *c"], *, compress_level: int = 6) -> bytes:
+    """The bytes of a PNG file: grey of 8 or 16 bits for (H, W), 8-bit RGB for (H, W, 3); 1 is quick, 9 is small."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, format="PNG", compress_level=compress_level)
+    return buffer.getvalue()
 
 
 def to_unit(images: Shaped[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

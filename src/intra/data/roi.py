@@ -1,6 +1,5 @@
 """A region of interest as its file holds it: a mask over the photo, and the box around what it marks."""
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,12 +7,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Bool
 
 from intra.data.decode import opened
 from intra.data.files import write_atomically
-from intra.data.images import Box, box_slices, pixels_digest, read_mask
+from intra.data.images import Box, box_slices, encode_png, pixels_digest, read_mask
 from intra.data.layout import MASK_SUFFIXES
 from intra.errors import InTraError
 
@@ -90,18 +88,12 @@ def roi_digest(mask: Bool[np.ndarray, "h w"]) -> str:
 
 def save_roi(mask: Bool[np.ndarray, "h w"] | None, path: Path) -> None:
     """Writes a PNG, white inside: whole or not at all. Another one there, of a run before or painted by hand, is kept
-    beside it as EARLIER_ROI_FILE; without a region none stays.
+    beside it as EARLIER_ROI_FILE, in place of the one before it; without a region none stays.
     """
-    content = b"" if mask is None else _png(mask)
+    content = None if mask is None else encode_png(mask.astype(np.uint8) * 255)
     with suppress(OSError):
         if path.read_bytes() == content:
             return
         path.replace(path.with_name(EARLIER_ROI_FILE))
-    if mask is not None:
+    if content is not None:
         write_atomically(path, content)
-
-
-def _png(mask: Bool[np.ndarray, "h w"]) -> bytes:
-    content = io.BytesIO()
-    PIL.Image.fromarray(mask.astype(np.uint8) * 255).save(content, format="PNG")
-    return content.getvalue()

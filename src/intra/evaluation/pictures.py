@@ -8,12 +8,12 @@ import base64
 import io
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped, UInt, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image
 
 from intra.errors import InTraError
 
-__all__ = ["PREDICTED", "TRUTH", "data_uri", "encode_png", "heat", "heat_colors", "heatmap_overlay", "outline",
+__all__ = ["PREDICTED", "TRUTH", "data_uri", "heat", "heat_colors", "heatmap_overlay", "outline",
            "paint_opacity", "shrink", "to_rgb8"]
 
 PREDICTED = (255, 96, 0)  # outline of what was found
@@ -108,13 +108,6 @@ def shrink(image: np.ndarray, max_side: int) -> np.ndarray:
     if image.dtype == bool:
         return np.asarray(Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-
-
-def encode_png(picture: UInt[np.ndarray, "h w *c"], *, compress_level: int = 6) -> bytes:
-    """The bytes of a PNG file: grey of 8 or 16 bits for (H, W), 8-bit RGB for (H, W, 3); 1 is quick, 9 is small."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=compress_level)
-    return buffer.getvalue()
 
 
 def data_uri(picture: RGB8) -> str:

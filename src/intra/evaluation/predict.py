@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from intra.data.files import write_atomically
-from intra.data.images import read_image
+from intra.data.images import encode_png, read_image
 from intra.data.layout import image_files
 from intra.errors import InTraError
-from intra.evaluation.pictures import encode_png, heatmap_overlay, outline, to_rgb8
+from intra.evaluation.pictures import heatmap_overlay, outline, to_rgb8
 from intra.inspection.detector import Detector, Prediction
 
 __all__ = ["PICTURES_FOLDER", "FileVerdict", "predict_files", "save_pictures"]

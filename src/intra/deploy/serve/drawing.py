@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped, UInt
 
-from intra.evaluation.pictures import encode_png, heat, heatmap_overlay, outline, shrink, to_rgb8
+from intra.data.images import encode_png
+from intra.evaluation.pictures import heat, heatmap_overlay, outline, shrink, to_rgb8
 from intra.inspection.detector import Prediction
 
 __all__ = ["KINDS", "Drawn", "MapScale", "draw", "map_scale"]
